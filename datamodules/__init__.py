@@ -1,0 +1,1 @@
+"""LightningDataModules: mock images and real images."""
