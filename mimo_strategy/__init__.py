@@ -1,0 +1,11 @@
+"""Train multimodal models on megatron-core with a parallel layout per module, under PyTorch Lightning."""
+
+from mimo_strategy.cpu import import_hook
+
+import_hook.install()
+
+from mimo_strategy.layout import Layout, LayoutError, ModuleParallel  # noqa: E402
+from mimo_strategy.module import MimoModule  # noqa: E402
+from mimo_strategy.strategy import MimoHeteroStrategy  # noqa: E402
+
+__all__ = ["Layout", "LayoutError", "MimoHeteroStrategy", "MimoModule", "ModuleParallel"]

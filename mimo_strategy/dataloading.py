@@ -1,0 +1,123 @@
+"""Give each rank its share of every step batch of a DataLoader."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mimo_strategy.step_batch import StepShare
+
+
+class ShareSampler(Sampler[list[Any]]):
+    """Batch sampler of one rank: its positions in each step batch of one global order.
+
+    Args:
+        sampler: the global order, the same on every rank.
+        batch_size: samples of a step batch over all ranks.
+        share: this rank's share.
+        pad_last: fill the last, incomplete step batch by repeating samples, so that each real sample is yielded by
+            some rank; otherwise it is dropped. Yields ``(index, is padding)`` pairs instead of indices.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, share: StepShare, *, pad_last: bool) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = not pad_last
+        self._positions = share.positions(batch_size)
+
+    def __len__(self) -> int:
+        total = len(self.sampler)
+        return total // self.batch_size if self.drop_last else -(-total // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        step_batch: list[int] = []
+        for index in self.sampler:
+            step_batch.append(index)
+            if len(step_batch) == self.batch_size:
+                yield self._share(step_batch, num_real=self.batch_size)
+                step_batch = []
+        if step_batch and not self.drop_last:
+            num_real = len(step_batch)
+            repeated = [step_batch[position % num_real] for position in range(self.batch_size)]
+            yield self._share(repeated, num_real=num_real)
+
+    def _share(self, step_batch: list[int], num_real: int) -> list[Any]:
+        if self.drop_last:
+            return [step_batch[position] for position in self._positions]
+        return [(step_batch[position], position >= num_real) for position in self._positions]
+
+
+class _MarksPadding(Dataset):
+    """Takes ``(index, is padding)`` and passes the mark on beside the sample."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["_dataset"], name)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, marked: tuple[int, bool]) -> tuple[Any, bool]:
+        index, is_padding = marked
+        return self._dataset[index], is_padding
+
+
+def _collate_marked(collate, marked: list[tuple[Any, bool]]) -> dict[str, Any]:
+    samples, is_padding = zip(*marked, strict=True)
+    return {**collate(list(samples)), "is_padding": torch.tensor(is_padding)}
+
+
+def share_dataloader(
+    dataloader: DataLoader, share: StepShare, *, train: bool, seed_workers: bool
+) -> DataLoader:
+    """The loader of this rank's share of what ``dataloader`` would yield in one process.
+
+    In training an incomplete last step batch is dropped. Elsewhere it is padded, and batches get a key
+    ``is_padding`` ``[samples]``.
+
+    Args:
+        dataloader: yields whole step batches; its sampler must give the same order on every rank.
+        share: this rank's share.
+        train: whether the loader is for training.
+        seed_workers: seed the workers by lane, so that ranks that load the same samples augment them alike.
+
+    Raises:
+        ValueError: if the loader has no batch size, or not one step batch for training.
+    """
+    if dataloader.batch_size is None:
+        raise ValueError(
+            "the DataLoader needs a batch_size: the samples of one optimizer step over all ranks"
+        )
+    sampler = ShareSampler(dataloader.sampler, dataloader.batch_size, share, pad_last=not train)
+    if len(sampler) == 0:
+        raise ValueError(
+            f"the data set's {len(dataloader.sampler)} samples do not fill one step batch of {dataloader.batch_size}"
+        )
+    worker_init = dataloader.worker_init_fn
+    if worker_init is None and seed_workers:
+        worker_init = partial(pl_worker_init_function, rank=share.lane)
+    workers = {}
+    if dataloader.num_workers > 0:
+        workers = {
+            "prefetch_factor": dataloader.prefetch_factor,
+            "persistent_workers": dataloader.persistent_workers,
+            "multiprocessing_context": dataloader.multiprocessing_context,
+            "worker_init_fn": worker_init,
+        }
+    return DataLoader(
+        dataloader.dataset if train else _MarksPadding(dataloader.dataset),
+        batch_sampler=sampler,
+        collate_fn=dataloader.collate_fn if train else partial(_collate_marked, dataloader.collate_fn),
+        num_workers=dataloader.num_workers,
+        pin_memory=dataloader.pin_memory,
+        timeout=dataloader.timeout,
+        generator=dataloader.generator,
+        **workers,
+    )

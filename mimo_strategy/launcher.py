@@ -1,0 +1,24 @@
+"""Start the ranks as DDP does, after checking in one process what can be checked."""
+
+from collections.abc import Callable
+from typing import Any, override
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+
+class CheckingLauncher(_SubprocessScriptLauncher):
+    """Runs ``check(model, *data)`` before any other process starts, so that what cannot work is reported once.
+
+    ``data`` are the DataLoaders and the LightningDataModule that the Trainer was given.
+    """
+
+    def __init__(self, check: Callable[..., None], *args: Any) -> None:
+        super().__init__(*args)
+        self._check = check
+
+    @override
+    def launch(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], LightningModule):
+            self._check(*args)
+        return super().launch(function, *args, **kwargs)

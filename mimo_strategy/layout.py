@@ -1,0 +1,375 @@
+"""Parallel layouts: what a user asks for, what it resolves to, and the arithmetic that both must obey.
+
+Plain Python, so that a wrong layout is refused before any process group exists.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Self
+
+LANGUAGE = "language"
+"""Name of the language module; megatron-core's ``MIMO_LANGUAGE_MODULE_KEY``."""
+
+_NO_SIZES: Mapping[str, int] = MappingProxyType({})
+
+
+class LayoutError(ValueError):
+    """A layout that does not fit; the message shows the arithmetic and a layout that would fit."""
+
+
+class Placement(StrEnum):
+    """Whether the modules share all ranks or are pairwise disjoint and together cover the world."""
+
+    COLOCATED = "colocated"
+    NON_COLOCATED = "non_colocated"
+
+
+@dataclass(frozen=True)
+class ModuleParallel:
+    """The layout that a user asks for one module.
+
+    The ranks of a module are factored twice: ``tp x cp x dp x pp`` (primary) and, over the same ranks with
+    the same ``pp``, ``etp x ep x edp`` for the experts (alt).
+
+    Args:
+        tp: tensor parallel size.
+        cp: context parallel size.
+        dp: data parallel size; ``None`` derives it from the number of ranks. A given one is checked.
+        pp: pipeline parallel size.
+        ep: expert parallel size.
+        etp: expert tensor parallel size. The expert data parallel size is always derived.
+        rank_offset: first rank of the module.
+        num_ranks: number of ranks; ``None`` means ``tp x cp x dp x pp`` when ``dp`` is given, otherwise every
+            rank from ``rank_offset`` on.
+    """
+
+    tp: int = 1
+    cp: int = 1
+    dp: int | None = None
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    rank_offset: int = 0
+    num_ranks: int | None = None
+
+    def __str__(self) -> str:
+        shown = {name: value for name, value in vars(self).items() if value != type(self).__dict__[name]}
+        return f"ModuleParallel({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+@dataclass(frozen=True)
+class ModuleSizes:
+    """The sizes of a module that limit its layout.
+
+    Args:
+        tp_divides: sizes by name that ``tp`` must divide (attention heads, query groups, ...).
+        etp_divides: sizes by name that ``etp`` must divide.
+        num_experts: number of experts that ``ep`` must divide; 0 for a dense module.
+        pp_stages: pipeline stages that the module can be cut into.
+        max_cp: largest context parallel size that the module supports.
+    """
+
+    tp_divides: Mapping[str, int] = field(default=_NO_SIZES)
+    etp_divides: Mapping[str, int] = field(default=_NO_SIZES)
+    num_experts: int = 0
+    pp_stages: frozenset[int] = frozenset({1})
+    max_cp: int = 1
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """The resolved layout of one module: every factor is a number, both factorizations hold."""
+
+    name: str
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    ep: int
+    etp: int
+    edp: int
+    rank_offset: int
+    num_ranks: int
+
+    @property
+    def ranks(self) -> range:
+        """The global ranks of the module."""
+        return range(self.rank_offset, self.rank_offset + self.num_ranks)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position of a global ``rank`` in both factorizations, keyed by tp, cp, dp, pp, etp, ep, edp.
+
+        Raises:
+            ValueError: if the module does not run on ``rank``.
+        """
+        if rank not in self.ranks:
+            raise ValueError(f"rank {rank} is not among the ranks {_span(self.ranks)} of {self.name}")
+        primary = _unravel(
+            rank - self.rank_offset, (("tp", self.tp), ("cp", self.cp), ("dp", self.dp), ("pp", self.pp))
+        )
+        expert = _unravel(rank - self.rank_offset, (("etp", self.etp), ("ep", self.ep), ("edp", self.edp)))
+        return primary | expert
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: ranks {_span(self.ranks)} = tp {self.tp} x cp {self.cp} x dp {self.dp} x pp {self.pp}"
+            f" = etp {self.etp} x ep {self.ep} x edp {self.edp} x pp {self.pp}"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The resolved layout of all modules over ``world_size`` ranks; made by :meth:`resolve`."""
+
+    modules: Mapping[str, ModuleLayout]
+    world_size: int
+    placement: Placement
+
+    @classmethod
+    def resolve(
+        cls,
+        sizes: Mapping[str, ModuleSizes],
+        world_size: int,
+        modules: Mapping[str, ModuleParallel] | None = None,
+    ) -> Self:
+        """Resolve and check the layout of the modules named by ``sizes``.
+
+        Args:
+            sizes: the sizes of every module of the model, by name.
+            world_size: number of ranks.
+            modules: the layout asked for, by module name; ``None`` is colocated with tp 1, dp = world and ep
+                the largest divisor of the number of experts that fits.
+
+        Raises:
+            LayoutError: if the layout does not fit.
+        """
+        if modules is None:
+            modules = default_modules(sizes, world_size)
+        try:
+            return cls._resolve(sizes, world_size, modules)
+        except LayoutError as error:
+            raise LayoutError(f"{error}\n{_suggestion(sizes, world_size, modules)}") from None
+
+    @property
+    def loss_rank(self) -> int:
+        """The rank that tells the others the loss: first lane and tensor rank of the language model's last stage."""
+        language = self.modules[LANGUAGE]
+        return language.rank_offset + language.tp * language.cp * language.dp * (language.pp - 1)
+
+    @classmethod
+    def _resolve(
+        cls, sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]
+    ) -> Self:
+        _check_names(sizes, modules)
+        # sizes order, so that every rank creates groups in the same order whatever the user's order
+        resolved = {name: _resolve_module(name, modules[name], sizes[name], world_size) for name in sizes}
+        layout = cls(MappingProxyType(resolved), world_size, _placement(resolved, world_size))
+        layout._check_bridges()
+        return layout
+
+    def _check_bridges(self) -> None:
+        language = self.modules[LANGUAGE]
+        encoders = [module for name, module in self.modules.items() if name != LANGUAGE]
+        if encoders and self.placement is Placement.COLOCATED and language.pp > 1:
+            raise LayoutError(
+                f"colocated modules cannot be pipelined: {LANGUAGE} has pp {language.pp} on ranks {_span(language.ranks)}, "
+                "which the encoders share"
+            )
+        for encoder in encoders:
+            if encoder.dp % language.dp and language.dp % encoder.dp:
+                raise LayoutError(
+                    f"one of the dp sizes must be a multiple of the other: {encoder.name} has dp {encoder.dp}, "
+                    f"{LANGUAGE} has dp {language.dp}"
+                )
+
+    def check_batch(self, batch_size: int, num_microbatches: int) -> None:
+        """Check that a step batch can be cut into microbatches and lanes.
+
+        Raises:
+            ValueError: if ``batch_size`` (samples per optimizer step over all ranks) is no multiple of
+                ``num_microbatches`` times the largest dp.
+        """
+        dp = max(module.dp for module in self.modules.values())
+        needed = dp * num_microbatches
+        if batch_size < 1 or batch_size % needed:
+            lanes = ", ".join(f"{module.name} dp {module.dp}" for module in self.modules.values())
+            below, above = batch_size // needed * needed, (batch_size // needed + 1) * needed
+            raise ValueError(
+                f"the step batch of {batch_size} samples must be a multiple of num_microbatches {num_microbatches} x "
+                f"the largest dp {dp} ({lanes}) = {needed}; valid: "
+                + " or ".join(str(size) for size in (below, above) if size > 0)
+            )
+
+
+def default_modules(sizes: Mapping[str, ModuleSizes], world_size: int) -> dict[str, ModuleParallel]:
+    """The layout used when none is asked for: colocated, tp 1, dp = world, ep as large as fits."""
+    return {
+        name: ModuleParallel(dp=world_size, ep=_largest_common_divisor(size.num_experts, world_size))
+        for name, size in sizes.items()
+    }
+
+
+def _check_names(sizes: Mapping[str, ModuleSizes], modules: Mapping[str, ModuleParallel]) -> None:
+    missing, unknown = sizes.keys() - modules.keys(), modules.keys() - sizes.keys()
+    if missing or unknown:
+        raise LayoutError(
+            f"the model's modules are {sorted(sizes)}, the layout names {sorted(modules)}"
+            + (f"; missing: {sorted(missing)}" if missing else "")
+            + (f"; unknown: {sorted(unknown)}" if unknown else "")
+        )
+
+
+def _resolve_module(name: str, asked: ModuleParallel, sizes: ModuleSizes, world_size: int) -> ModuleLayout:
+    _check_positive(name, asked)
+    model_ranks = asked.tp * asked.cp * asked.pp
+    num_ranks = asked.num_ranks
+    if num_ranks is None:
+        num_ranks = model_ranks * asked.dp if asked.dp else world_size - asked.rank_offset
+    if asked.rank_offset + num_ranks > world_size or num_ranks < 1:
+        raise LayoutError(
+            f"{name}: rank_offset {asked.rank_offset} + {num_ranks} ranks "
+            f"(tp {asked.tp} x cp {asked.cp} x dp {asked.dp or '?'} x pp {asked.pp}) exceeds the world of "
+            f"{world_size} ranks"
+        )
+    dp = asked.dp or num_ranks // model_ranks
+    if model_ranks * dp != num_ranks:
+        raise LayoutError(
+            f"{name}: tp {asked.tp} x cp {asked.cp} x dp {asked.dp or '?'} x pp {asked.pp} = "
+            f"{model_ranks * dp if asked.dp else f'{model_ranks} x dp'} does not make its {num_ranks} ranks"
+        )
+    stage_ranks = num_ranks // asked.pp
+    edp = stage_ranks // (asked.etp * asked.ep)
+    if asked.etp * asked.ep * edp != stage_ranks:
+        raise LayoutError(
+            f"{name}: etp {asked.etp} x ep {asked.ep} x edp must equal tp {asked.tp} x cp {asked.cp} x dp {dp} = "
+            f"{stage_ranks}, which {asked.etp * asked.ep} does not divide"
+        )
+    layout = ModuleLayout(
+        name, asked.tp, asked.cp, dp, asked.pp, asked.ep, asked.etp, edp, asked.rank_offset, num_ranks
+    )
+    _check_sizes(layout, sizes)
+    return layout
+
+
+def _check_positive(name: str, asked: ModuleParallel) -> None:
+    for factor, value in vars(asked).items():
+        least = 0 if factor == "rank_offset" else 1
+        if value is None and factor in ("dp", "num_ranks"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise LayoutError(f"{name}: {factor} must be a whole number of at least {least}, got {value!r}")
+
+
+def _check_sizes(layout: ModuleLayout, sizes: ModuleSizes) -> None:
+    for factor, divides in (("tp", sizes.tp_divides), ("etp", sizes.etp_divides)):
+        for what, size in divides.items():
+            if size % getattr(layout, factor):
+                raise LayoutError(
+                    f"{layout.name}: {factor} {getattr(layout, factor)} does not divide {what} {size}"
+                )
+    if layout.ep > 1 and (sizes.num_experts == 0 or sizes.num_experts % layout.ep):
+        raise LayoutError(
+            f"{layout.name}: ep {layout.ep} does not divide its {sizes.num_experts} experts"
+            if sizes.num_experts
+            else f"{layout.name}: ep {layout.ep} but the module has no experts"
+        )
+    if layout.pp not in sizes.pp_stages:
+        raise LayoutError(
+            f"{layout.name}: pp {layout.pp} is not possible; its layers can be cut into "
+            f"{', '.join(map(str, sorted(sizes.pp_stages)))} stage(s)"
+        )
+    if layout.cp > sizes.max_cp:
+        raise LayoutError(
+            f"{layout.name}: cp {layout.cp} is not supported; the largest cp of this module is {sizes.max_cp}"
+        )
+
+
+def _placement(modules: Mapping[str, ModuleLayout], world_size: int) -> Placement:
+    spans = {name: module.ranks for name, module in modules.items()}
+    shown = ", ".join(f"{name} on {_span(ranks)}" for name, ranks in spans.items())
+    covered = set().union(*spans.values())
+    if len(covered) < world_size:
+        idle = sorted(set(range(world_size)) - covered)
+        raise LayoutError(
+            f"the modules leave a gap: {shown}; ranks {idle} of {world_size} would have no work"
+        )
+    if len(set(spans.values())) == 1:
+        return Placement.COLOCATED
+    if sum(map(len, spans.values())) > world_size:
+        raise LayoutError(f"modules must share all ranks or none, they overlap in part: {shown}")
+    return Placement.NON_COLOCATED
+
+
+def _suggestion(
+    sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]
+) -> str:
+    """A layout that fits, as close to the one asked for as the sizes allow."""
+    asked = {name: modules.get(name, ModuleParallel()) for name in sizes}
+    candidates = [_shrunk(sizes, asked, world_size), default_modules(sizes, world_size)]
+    for candidate in candidates:
+        try:
+            Layout._resolve(sizes, world_size, candidate)
+        except LayoutError:
+            continue
+        shown = ", ".join(f'"{name}": {parallel}' for name, parallel in candidate.items())
+        return f"A layout that fits {world_size} rank(s): modules={{{shown}}}"
+    return f"No layout of these modules fits {world_size} rank(s)"
+
+
+def _shrunk(
+    sizes: Mapping[str, ModuleSizes], asked: Mapping[str, ModuleParallel], world_size: int
+) -> dict[str, ModuleParallel]:
+    """Keep which module comes first and shrink every factor until it divides what it must."""
+    disjoint = len({parallel.rank_offset for parallel in asked.values()}) > 1 and world_size >= len(asked)
+    spans = (
+        _split(world_size, [asked[name] for name in sizes]) if disjoint else [(0, world_size)] * len(sizes)
+    )
+    shrunk = {}
+    for (name, size), (offset, num_ranks) in zip(sizes.items(), spans, strict=True):
+        want = asked[name]
+        pp = max(stages for stages in size.pp_stages if stages <= max(want.pp, 1) and num_ranks % stages == 0)
+        stage_ranks = num_ranks // pp
+        tp = _largest_common_divisor(stage_ranks, *size.tp_divides.values(), at_most=want.tp)
+        etp = _largest_common_divisor(stage_ranks, *size.etp_divides.values(), at_most=want.etp)
+        ep = _largest_common_divisor(stage_ranks // etp, size.num_experts, at_most=want.ep)
+        shrunk[name] = ModuleParallel(tp=tp, dp=stage_ranks // tp, pp=pp, ep=ep, etp=etp, rank_offset=offset)
+    return shrunk
+
+
+def _split(world_size: int, asked: list[ModuleParallel]) -> list[tuple[int, int]]:
+    """Cut the world into one span per module, in the order of their offsets, as (offset, number of ranks)."""
+    order = sorted(range(len(asked)), key=lambda index: asked[index].rank_offset)
+    spans = [(0, 0)] * len(asked)
+    offset = 0
+    for position, index in enumerate(order):
+        following = len(order) - position - 1
+        want = asked[index].num_ranks or asked[index].tp * asked[index].cp * asked[index].pp * (
+            asked[index].dp or 1
+        )
+        num_ranks = max(1, min(want, world_size - offset - following)) if following else world_size - offset
+        spans[index] = (offset, num_ranks)
+        offset += num_ranks
+    return spans
+
+
+def _largest_common_divisor(*sizes: int, at_most: int | None = None) -> int:
+    """The largest number up to ``at_most`` that divides every size; 1 when a size is 0 (has nothing to cut)."""
+    if 0 in sizes:
+        return 1
+    limit = min(*sizes, at_most) if at_most else min(sizes)
+    return max(number for number in range(1, max(limit, 1) + 1) if all(size % number == 0 for size in sizes))
+
+
+def _unravel(index: int, dims: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """Coordinates of ``index`` in a grid whose first dim varies fastest; a last, outer dim may be left out."""
+    coordinates = {}
+    for name, size in dims:
+        coordinates[name] = index % size
+        index //= size
+    return coordinates
+
+
+def _span(ranks: range) -> str:
+    return f"{ranks.start}-{ranks.stop - 1}" if len(ranks) > 1 else f"{ranks.start}"

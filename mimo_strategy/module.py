@@ -1,0 +1,175 @@
+"""The root LightningModule: what a model tells of its modules, its forward and its loss."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from mimo_strategy.generation import Generation, generate_greedily
+from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
+from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
+from mimo_strategy.runtime.loss import LossOutput
+from mimo_strategy.runtime.model import HeteroMimoModel, build_model
+from mimo_strategy.runtime.runtime import MimoRuntime
+from mimo_strategy.step_batch import Batch, check_encoder_items
+from mimo_strategy.topology import Topology
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Where and how the model is built on this rank."""
+
+    topology: Topology
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+
+
+class MimoModule(LightningModule):
+    """A model of an optional set of encoders and a language model, each with a layout of its own.
+
+    Under :class:`~mimo_strategy.strategy.MimoHeteroStrategy` every rank builds the modules that run on it, and a
+    step runs them in megatron-core's schedules. Under a plain single-device strategy the same class trains all of
+    it in one process, which is what every layout must agree with.
+
+    A batch holds ``input_ids``, ``labels`` and ``loss_mask`` ``[samples, sequence]`` and, for an encoder named
+    ``images``, ``images`` with the items of all samples and ``num_images`` ``[samples]``.
+
+    Attributes:
+        special_token_ids: by encoder, the token that an item's embeddings take the place of.
+        model: the model as built on this rank, or ``None``.
+        runtime: runs the steps under ``MimoHeteroStrategy``, otherwise ``None``.
+    """
+
+    special_token_ids: Mapping[str, int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: HeteroMimoModel | None = None
+        self.runtime: MimoRuntime | None = None
+        self.build_context: BuildContext | None = None
+
+    @abstractmethod
+    def module_sizes(self) -> Mapping[str, ModuleSizes]:
+        """The sizes that limit the layout, of every module by name; one is named ``language``."""
+
+    @abstractmethod
+    def module_spec(
+        self, name: str, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype
+    ) -> ModuleSpec:
+        """How megatron-core builds a module.
+
+        Args:
+            name: one of :meth:`module_sizes`.
+            layout: the module's resolved layout.
+            groups: its process groups; ``None`` on ranks that do not run it, where only the spec's config is read.
+            dtype: dtype of the parameters.
+        """
+
+    @abstractmethod
+    def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
+        """The keyword arguments of an encoder's forward, by the encoder's name in its spec."""
+
+    def configure_model(self) -> None:
+        """Build the modules of this rank, once."""
+        if self.model is not None:
+            return
+        if self.build_context is None:
+            self.build_context = BuildContext(
+                Topology.single_process(self.module_sizes()), torch.float32, self.device, torch.initial_seed()
+            )
+        context = self.build_context
+        self.model = build_model(
+            self, context.topology, dtype=context.dtype, device=context.device, seed=context.seed
+        )
+
+    def forward(self, batch: Batch, *, labels: torch.Tensor | None = None) -> Any:
+        """Run the modules of this rank on one microbatch.
+
+        Returns:
+            Per-token losses ``[samples, sequence]`` if ``labels`` are given, otherwise logits; on ranks of other
+            stages what the next stage takes.
+        """
+        encoders = [name for name in self.special_token_ids if name in batch]
+        output, _ = self.model(
+            input_ids=batch["input_ids"],
+            position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(
+                batch["input_ids"]
+            ),
+            labels=labels,
+            modality_inputs={
+                name: self.encoder_inputs(name, batch[name]) for name in encoders if len(batch[name])
+            },
+        )
+        return output
+
+    def forward_step(self, microbatch: Batch) -> Any:
+        """Output of the model for one microbatch in training and validation; per-token losses by default."""
+        return self(microbatch, labels=microbatch["labels"])
+
+    def loss_step(self, output: torch.Tensor, microbatch: Batch) -> LossOutput:
+        """Loss of one microbatch from the output of the last stage; the masked sum of per-token losses by default."""
+        mask = microbatch["loss_mask"].float()
+        if "is_padding" in microbatch:
+            mask = mask * ~microbatch["is_padding"][:, None]
+        return LossOutput((output.float() * mask).sum(), mask.sum())
+
+    def step_loss(self, batch: Batch, *, backward: bool) -> LossOutput:
+        """The loss of a whole step batch, the same on every rank.
+
+        Args:
+            batch: what the loader yielded on this rank.
+            backward: under ``MimoHeteroStrategy``, compute the gradients too. On one device Lightning does.
+        """
+        check_encoder_items(batch, self.special_token_ids)
+        if self.runtime is not None:
+            return self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
+        return self.loss_step(self.forward_step(batch), batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = self.step_loss(batch, backward=True).mean
+        self.log("train_loss", loss, prog_bar=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = self.step_loss(batch, backward=False)
+        # the epoch's mean is weighted by tokens
+        self.log("val_loss", loss.mean, prog_bar=True, batch_size=int(loss.count))
+        return loss.mean
+
+    def generate(self, batch: Batch, *, max_new_tokens: int, end_token_id: int) -> Generation:
+        """Continue every sample's prompt greedily; see :func:`.generation.generate_greedily`."""
+        return generate_greedily(self, batch, max_new_tokens=max_new_tokens, end_token_id=end_token_id)
+
+    def make_optimizer(
+        self, config: OptimizerConfig | Mapping[str, OptimizerConfig]
+    ) -> torch.optim.Optimizer:
+        """Make the optimizer for ``configure_optimizers``, one parameter group per module, named after it.
+
+        Args:
+            config: settings for all modules, or by module name.
+
+        Raises:
+            ValueError: if settings of a module are missing or name no module.
+        """
+        names = list(self.module_sizes())
+        configs = dict(config) if isinstance(config, Mapping) else dict.fromkeys(names, config)
+        if configs.keys() != set(names):
+            raise ValueError(f"optimizer settings are for {sorted(configs)}, the modules are {sorted(names)}")
+        configs = {name: configs[name] for name in names}
+        if self.runtime is not None:
+            return ModuleOptimizer(
+                self.runtime.build_optimizer(configs), configs, self.runtime.trainable_parameters()
+            )
+        modules = dict(self.model.modality_submodules.items()) | {LANGUAGE: self.model.language_model}
+        trainable = {
+            name: [pair for pair in modules[name].named_parameters() if pair[1].requires_grad]
+            for name in names
+        }
+        return plain_adamw(trainable, configs)

@@ -1,0 +1,101 @@
+"""The optimizer that Lightning, schedulers and callbacks see, in front of megatron-core's."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from megatron.core.models.mimo.optimizer import MimoOptimizer
+from megatron.core.optimizer import OptimizerConfig
+
+
+class ModuleOptimizer(torch.optim.Optimizer):
+    """One parameter group per module on every rank, named after it, in front of a ``MimoOptimizer``.
+
+    What a scheduler sets in a group (``lr``, ``weight_decay``) reaches megatron-core's groups of that module at the
+    next step, times the multipliers that these have. Groups of modules that run elsewhere have no parameters.
+
+    Args:
+        optimizer: megatron-core's.
+        configs: settings by module, in the order of the groups.
+        parameters: this rank's trainable parameters by module.
+
+    Attributes:
+        clip_grad: largest norm over all modules' gradients; 0 does not clip.
+        grad_norm: norm over all modules' gradients at the last step; ``None`` if the step was skipped.
+    """
+
+    def __init__(
+        self,
+        optimizer: MimoOptimizer,
+        configs: Mapping[str, OptimizerConfig],
+        parameters: Mapping[str, list[torch.nn.Parameter]],
+    ) -> None:
+        groups = [
+            {
+                "name": name,
+                "params": parameters.get(name, []),
+                "lr": config.lr,
+                "weight_decay": config.weight_decay,
+            }
+            for name, config in configs.items()
+        ]
+        first = next(iter(configs.values()))
+        super().__init__(groups, defaults={"lr": first.lr, "weight_decay": first.weight_decay})
+        self.megatron_optimizer = optimizer
+        self.clip_grad = 0.0
+        self.grad_norm: float | None = None
+
+    def step(self, closure=None):
+        """Run ``closure``, which computes the gradients, then let megatron-core update; collective over the world."""
+        with torch.enable_grad() if closure else nullcontext():
+            loss = closure() if closure else None
+        self._push_settings()
+        _, self.grad_norm, _ = self.megatron_optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Does nothing: Lightning calls it after the step that has already computed the gradients.
+
+        The runtime clears gradients before each step.
+        """
+
+    def _push_settings(self) -> None:
+        for group in self.param_groups:
+            optimizer = self.megatron_optimizer.module_infos[group["name"]].optimizer
+            if optimizer is None:
+                continue
+            optimizer.config.clip_grad = self.clip_grad
+            for inner in optimizer.param_groups:
+                inner["lr"] = group["lr"] * inner.get("lr_mult", 1.0)
+                inner["weight_decay"] = group["weight_decay"] * inner.get("wd_mult", 1.0)
+
+
+def plain_adamw(
+    parameters: Mapping[str, list[tuple[str, torch.nn.Parameter]]], configs: Mapping[str, OptimizerConfig]
+) -> torch.optim.AdamW:
+    """The same optimizer on one device: torch's AdamW, no weight decay for biases and one-dimensional parameters.
+
+    Args:
+        parameters: trainable (name, parameter) pairs by module.
+        configs: settings by module.
+    """
+    groups = []
+    for name, config in configs.items():
+        for decayed in (True, False):
+            members = [
+                parameter
+                for parameter_name, parameter in parameters[name]
+                if (parameter.ndim > 1 and not parameter_name.endswith(".bias")) is decayed
+            ]
+            if members:
+                groups.append(
+                    {
+                        "name": name if decayed else f"{name}/no_weight_decay",
+                        "params": members,
+                        "lr": config.lr,
+                        "weight_decay": config.weight_decay if decayed else 0.0,
+                        "betas": (config.adam_beta1, config.adam_beta2),
+                        "eps": config.adam_eps,
+                    }
+                )
+    return torch.optim.AdamW(groups)

@@ -1,0 +1,69 @@
+"""Wrap each module in megatron-core's data parallelism."""
+
+import logging
+from dataclasses import replace
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mimo_strategy.layout import LANGUAGE
+from mimo_strategy.topology import Topology
+
+
+class _Float16Encoder(Float16Module):
+    """``Float16Module`` whose output stays in half precision, as the bridge to the language model expects."""
+
+    def forward(self, *inputs, fp32_output=False, **kwargs):
+        return super().forward(*inputs, fp32_output=fp32_output, **kwargs)
+
+
+def wrap_modules(
+    model: MimoModel, topology: Topology, ddp_config: DistributedDataParallelConfig, dtype: torch.dtype
+) -> None:
+    """Wrap every module of this rank in place and broadcast its parameters over its own data-parallel groups.
+
+    Args:
+        model: the model as built.
+        topology: groups of the modules.
+        ddp_config: taken for every module.
+        dtype: dtype of the parameters; half precision computes in it and reduces gradients as ``ddp_config`` says.
+    """
+
+    def wrap(
+        name: str, module: torch.nn.Module, float16_module: type[Float16Module]
+    ) -> DistributedDataParallel:
+        config = module_config(module)
+        if dtype is not torch.float32:
+            module = float16_module(config, module)
+        wrapped = DistributedDataParallel(
+            # megatron-core writes the bucket size into the config it is given
+            config,
+            replace(ddp_config),
+            module,
+            pg_collection=topology.groups[name],
+        )
+        wrapped.broadcast_params()
+        return wrapped
+
+    for name, submodule in model.modality_submodules.items():
+        model.modality_submodules[name] = wrap(name, submodule, _Float16Encoder)
+    if model.language_model is not None:
+        model.language_model = wrap(LANGUAGE, model.language_model, Float16Module)
+
+
+def module_config(module: torch.nn.Module) -> TransformerConfig:
+    """The config of a module; a modality's own container has none, its first encoder does."""
+    return next(
+        part.config
+        for part in module.modules()
+        if isinstance(getattr(part, "config", None), TransformerConfig)
+    )
+
+
+# megatron-core asks callers to repeat a computation that it does as well itself.
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
+    lambda record: "full_param_layout not provided" not in record.getMessage()
+)

@@ -1,0 +1,30 @@
+"""Finalize the gradients of every module with one global token count."""
+
+import torch
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.mimo.model.base import MimoModel
+
+from mimo_strategy.layout import LANGUAGE
+from mimo_strategy.topology import Topology
+
+
+def finalize_gradients(
+    model: MimoModel, topology: Topology, num_tokens: torch.Tensor, *, force_all_reduce: bool = False
+) -> None:
+    """Sum each module's gradients over its own groups, then divide all of them by ``num_tokens``.
+
+    Args:
+        model: the wrapped model after the backward passes of a step.
+        topology: groups of the modules.
+        num_tokens: tokens that count in the loss of the whole step, over all lanes; a scalar.
+        force_all_reduce: leave the full sum on every rank, also under the distributed optimizer.
+    """
+    scale = num_tokens.clamp_min(1).reciprocal()
+    modules = dict(model.modality_submodules.items())
+    if model.language_model is not None:
+        modules[LANGUAGE] = model.language_model
+    for name, module in modules.items():
+        finalize_model_grads(
+            [module], num_tokens=None, pg_collection=topology.groups[name], force_all_reduce=force_all_reduce
+        )
+        module.scale_gradients(scale)

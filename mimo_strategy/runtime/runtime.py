@@ -1,0 +1,144 @@
+"""Run training, evaluation and generation steps of a model of several modules."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.mimo.optimizer import MimoOptimizer
+from megatron.core.optimizer import OptimizerConfig
+
+from mimo_strategy.layout import LANGUAGE
+from mimo_strategy.runtime.data_parallel import wrap_modules
+from mimo_strategy.runtime.gradients import finalize_gradients
+from mimo_strategy.runtime.loss import LossOutput, StepLoss
+from mimo_strategy.runtime.model import HeteroMimoModel
+from mimo_strategy.runtime.optimizer import build_optimizer
+from mimo_strategy.runtime.schedule import Schedule
+from mimo_strategy.step_batch import Batch, StepShare, gather_lanes
+from mimo_strategy.topology import Topology
+
+
+class MimoRuntime:
+    """A wrapped model on its topology, ready to run steps. Every method is collective over the world.
+
+    Args:
+        model: this rank's part of the model; wrapped in place.
+        topology: grids and groups; the runtime destroys it.
+        ddp_config: how gradients are reduced and optimizer states sharded, for every module.
+        num_microbatches: microbatches per step.
+        dtype: dtype of the parameters.
+        device: device of this rank.
+    """
+
+    def __init__(
+        self,
+        model: HeteroMimoModel,
+        topology: Topology,
+        *,
+        ddp_config: DistributedDataParallelConfig,
+        num_microbatches: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.topology = topology
+        self.share = StepShare(topology.layout, topology.rank, num_microbatches)
+        self._num_microbatches = num_microbatches
+        self._ddp_config = ddp_config
+        self._dtype = dtype
+        self._device = device
+        self._step_loss = StepLoss(topology, device)
+        self._reduced_loss: LossOutput | None = None
+        wrap_modules(model, topology, ddp_config, dtype)
+        self._schedule = Schedule(model, topology)
+        self._configure_schedule()
+
+    def _configure_schedule(self) -> None:
+        config = self.model.config
+        config.finalize_model_grads_func = self._finalize
+        config.grad_scale_func = _unscaled
+        if self._ddp_config.overlap_grad_reduce:
+            config.no_sync_func = self.model.no_sync
+
+    def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> MimoOptimizer:
+        """megatron-core's optimizer of all modules, from settings by module."""
+        return build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
+
+    def trainable_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
+        """This rank's trainable parameters by module."""
+        modules = dict(self.model.modality_submodules.items()) | {LANGUAGE: self.model.language_model}
+        return {
+            name: [parameter for parameter in module.parameters() if parameter.requires_grad]
+            for name, module in modules.items()
+            if module is not None
+        }
+
+    def run_step(
+        self,
+        batch: Batch,
+        forward: Callable[[Batch], Any],
+        loss: Callable[[Any, Batch], LossOutput],
+        *,
+        backward: bool,
+    ) -> LossOutput:
+        """Run all microbatches of a step, with gradients ready for the optimizer if ``backward``.
+
+        Args:
+            batch: this rank's share of the step batch.
+            forward: output of the model for a microbatch.
+            loss: loss of an output and its microbatch; called on the last stage only.
+
+        Returns:
+            The loss of the whole step batch, the same on every rank.
+        """
+        self._step_loss = StepLoss(self.topology, self._device)
+        self._reduced_loss = None
+        if backward:
+            self.model.zero_grad_buffer()
+
+        def megatron_loss(microbatch, output):
+            result = loss(output, microbatch)
+            self._step_loss.add(result)
+            return result.sum, result.count.int(), {}
+
+        def forward_step(microbatches, model):
+            microbatch = next(microbatches)
+            return forward(microbatch), partial(megatron_loss, microbatch)
+
+        self._schedule.run(forward_step, self.share.microbatches(batch), forward_only=not backward)
+        return self._reduced_loss or self._step_loss.reduce()
+
+    def run_outputs(
+        self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]
+    ) -> list:
+        """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
+
+        def forward_step(microbatches, model):
+            microbatch = next(microbatches)
+            return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
+
+        return self._schedule.run(
+            forward_step, self.share.microbatches(batch), forward_only=True, collect_outputs=True
+        )
+
+    def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
+        """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
+        return gather_lanes(values, self.topology, self._num_microbatches)
+
+    def _finalize(self, models, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
+        self._reduced_loss = self._step_loss.reduce()
+        finalize_gradients(
+            self.model, self.topology, self._reduced_loss.count, force_all_reduce=bool(force_all_reduce)
+        )
+
+    def destroy(self) -> None:
+        """Destroy every process group; the runtime cannot be used afterwards."""
+        self._schedule.destroy()
+        self.model.destroy()
+        self.topology.destroy()
+
+
+def _unscaled(loss: torch.Tensor) -> torch.Tensor:
+    return loss

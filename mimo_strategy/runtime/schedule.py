@@ -1,0 +1,95 @@
+"""Run a step's microbatches forward and backward, in the schedule that the layout needs."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
+from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+
+from mimo_strategy.layout import LANGUAGE, Placement
+from mimo_strategy.topology import Topology
+
+ForwardStep = Callable[[Iterator, torch.nn.Module], tuple[Any, Callable]]
+
+
+class Schedule:
+    """megatron-core's schedule of a topology.
+
+    Colocated modules run one after another within each microbatch, without a pipeline. Otherwise the modules and
+    the language model's stages form one pipeline in 1F1B order (Narayanan et al., 2021, arXiv 2104.04473).
+
+    Args:
+        model: the wrapped model; its config must hold what megatron-core's schedules call.
+        topology: grids and groups. Creating a pipeline is collective over the world.
+    """
+
+    def __init__(self, model: MimoModel, topology: Topology) -> None:
+        self.is_pipelined = (
+            topology.layout.placement is Placement.NON_COLOCATED or topology.layout.modules[LANGUAGE].pp > 1
+        )
+        if self.is_pipelined:
+            encoders = [name for name in topology.grids if name != LANGUAGE]
+            communicator = MultiModulePipelineCommunicator(
+                topology.grids,
+                {name: [LANGUAGE] for name in encoders} | {LANGUAGE: []},
+                model.config,
+                dim_mapping={"s": 0, "b": 1, "h": 2},
+                module_output_ndim=dict.fromkeys(encoders, 2),
+            )
+            self.is_last_stage = communicator.is_pp_last_stage
+            self._forward_backward = partial(
+                forward_backward_pipelining_without_interleaving,
+                p2p_communicator=communicator,
+                pg_collection=topology.schedule_groups,
+            )
+        else:
+            self.is_last_stage = True
+            self._forward_backward = partial(
+                forward_backward_no_pipelining, pg_collection=topology.groups[LANGUAGE]
+            )
+        self._model = model
+
+    def run(
+        self,
+        forward_step: ForwardStep,
+        microbatches: list,
+        *,
+        forward_only: bool = False,
+        collect_outputs: bool = False,
+    ) -> list:
+        """Run all microbatches; collective over the world.
+
+        Args:
+            forward_step: takes an iterator over microbatches and the model; returns an output and a function of
+                it, as megatron-core's schedules define.
+            microbatches: this rank's, the same number on every rank.
+            forward_only: no backward passes.
+            collect_outputs: call the function of an output with ``non_loss_data=True`` and collect what it returns.
+
+        Returns:
+            What the function returned for each microbatch, on the last stage; elsewhere an empty list.
+        """
+        return self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=self._model,
+            num_microbatches=len(microbatches),
+            # Unused: shapes are exchanged with the tensors, as modules differ in them.
+            seq_length=0,
+            micro_batch_size=0,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_outputs,
+        )
+
+    def destroy(self) -> None:
+        """Destroy the groups of the bridges, which megatron-core keeps by class."""
+        if self.is_pipelined:
+            BridgeCommunicator.destroy_broadcast_pgs()
+            BridgeCommunicator.destroy_bridge_pgs()

@@ -1,0 +1,143 @@
+"""Which samples of a step batch a rank takes, and how its share is cut into microbatches.
+
+A step batch is a dict. A tensor (or sequence) under the name of an encoder module, say ``images``, holds that
+module's items of all samples one after another, and ``num_images`` how many each sample has; everything else has
+one entry per sample. Microbatch ``m`` of ``M`` is the ``m``-th contiguous part of the step batch, and lane ``l`` of
+a module with data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a microbatch. Bridges
+between modules concatenate and split lanes in that order.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mimo_strategy.layout import LANGUAGE, Layout
+from mimo_strategy.topology import Topology
+
+Batch = dict[str, Any]
+
+
+class StepShare:
+    """The share of one rank in every step batch.
+
+    A rank that runs several modules loads the samples of the module with the fewest lanes; the others take a part
+    of these.
+
+    Args:
+        layout: the resolved layout.
+        rank: global rank.
+        num_microbatches: microbatches per step.
+    """
+
+    def __init__(self, layout: Layout, rank: int, num_microbatches: int) -> None:
+        self._lanes = {
+            name: (module.coordinates(rank)["dp"], module.dp)
+            for name, module in layout.modules.items()
+            if rank in module.ranks
+        }
+        self.lane, self.num_lanes = min(self._lanes.values(), key=lambda lane: lane[1])
+        self._language_dp = layout.modules[LANGUAGE].dp
+        self._encoders = [name for name in layout.modules if name != LANGUAGE]
+        self._num_microbatches = num_microbatches
+
+    def positions(self, batch_size: int) -> list[int]:
+        """Positions within a step batch of ``batch_size`` samples that this rank loads, microbatch by microbatch."""
+        microbatch_size = batch_size // self._num_microbatches
+        share = microbatch_size // self.num_lanes
+        starts = range(self.lane * share, batch_size, microbatch_size)
+        return [start + offset for start in starts for offset in range(share)]
+
+    def microbatches(self, batch: Batch) -> list[Batch]:
+        """Cut what this rank loaded into microbatches, each with the samples that its modules take.
+
+        Raises:
+            ValueError: if the samples cannot be cut evenly.
+        """
+        num_samples = len(batch["input_ids"])
+        parts = self._num_microbatches * max(dp for _, dp in self._lanes.values()) // self.num_lanes
+        if num_samples == 0 or num_samples % parts:
+            raise ValueError(
+                f"this rank's {num_samples} samples of the step batch cannot be cut into {parts} equal parts "
+                f"({self._num_microbatches} microbatches x {parts // self._num_microbatches} lanes)"
+            )
+        size = num_samples // self._num_microbatches
+        return [
+            self._narrow_modules(narrow_samples(batch, start, size, self._encoders))
+            for start in range(0, num_samples, size)
+        ]
+
+    def language_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Of a per-sample tensor of this rank's share, the rows of its lane of the language model.
+
+        On ranks that do not run the language model: as many zeros as a lane has rows.
+        """
+        if LANGUAGE not in self._lanes:
+            return values.new_zeros((len(values) * self.num_lanes // self._language_dp, *values.shape[1:]))
+        lane, dp = self._lanes[LANGUAGE]
+        lanes_loaded = dp // self.num_lanes
+        return values.unflatten(0, (self._num_microbatches, lanes_loaded, -1))[
+            :, lane % lanes_loaded
+        ].flatten(0, 1)
+
+    def _narrow_modules(self, loaded: Batch) -> Batch:
+        microbatch = dict(loaded)
+        for name, (lane, dp) in self._lanes.items():
+            lanes_loaded = dp // self.num_lanes
+            size = len(loaded["input_ids"]) // lanes_loaded
+            part = narrow_samples(loaded, lane % lanes_loaded * size, size, self._encoders)
+            if name == LANGUAGE:
+                microbatch.update((key, value) for key, value in part.items() if key not in self._encoders)
+            elif name in loaded:
+                microbatch[name] = part[name]
+        return microbatch
+
+
+def narrow_samples(batch: Batch, start: int, size: int, encoders: list[str]) -> Batch:
+    """Samples ``start`` to ``start + size`` of a batch, the items of its ``encoders`` with them."""
+    narrowed = {key: value[start : start + size] for key, value in batch.items() if key not in encoders}
+    for name in encoders:
+        if name in batch:
+            counts = batch[f"num_{name}"]
+            first = int(counts[:start].sum())
+            narrowed[name] = batch[name][first : first + int(counts[start : start + size].sum())]
+    return narrowed
+
+
+def gather_lanes(values: torch.Tensor, topology: Topology, num_microbatches: int) -> torch.Tensor:
+    """Put together what the language model's lanes hold, on every rank; collective over the world.
+
+    Args:
+        values: ``[samples of one lane, ...]``, microbatch by microbatch. Only those of the language model's last
+            stage count, but shape and dtype must be the same on all ranks.
+        topology: groups of the modules.
+        num_microbatches: microbatches per step.
+
+    Returns:
+        ``[samples of the step batch, ...]`` in the order of the step batch.
+    """
+    lanes = values.new_empty((topology.layout.modules[LANGUAGE].dp, *values.shape))
+    if topology.runs(LANGUAGE):
+        dist.all_gather(list(lanes.unbind(0)), values.contiguous(), group=topology.groups[LANGUAGE].dp)
+    dist.broadcast(lanes, src=topology.layout.loss_rank)
+    return lanes.unflatten(1, (num_microbatches, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def check_encoder_items(batch: Batch, encoders: Iterable[str]) -> None:
+    """Check that each encoder's items are as many as its counts say.
+
+    Raises:
+        ValueError: if they are not, or the counts are missing.
+    """
+    for name in encoders:
+        if name in batch:
+            if f"num_{name}" not in batch:
+                raise ValueError(
+                    f"the batch has {name} but no num_{name}, which says how many each sample has"
+                )
+            counted = int(batch[f"num_{name}"].sum())
+            if counted != len(batch[name]):
+                raise ValueError(
+                    f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {counted}"
+                )

@@ -1,0 +1,247 @@
+"""``MimoHeteroStrategy``: Lightning's verbs for a model whose modules have layouts of their own."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, override
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from megatron.core.distributed import DistributedDataParallelConfig
+from torch import Tensor
+from torch.distributed import ReduceOp
+from torch.utils.data import DataLoader
+
+from mimo_strategy.dataloading import share_dataloader
+from mimo_strategy.launcher import CheckingLauncher
+from mimo_strategy.layout import Layout, ModuleParallel
+from mimo_strategy.module import BuildContext, MimoModule
+from mimo_strategy.precision import MegatronPrecision
+from mimo_strategy.runtime.runtime import MimoRuntime
+from mimo_strategy.step_batch import StepShare
+from mimo_strategy.topology import Topology
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class MimoHeteroStrategy(ParallelStrategy):
+    """Trains a :class:`~mimo_strategy.module.MimoModule` on megatron-core with a parallel layout per module.
+
+    One Lightning batch is one optimizer step: a DataLoader's ``batch_size`` counts the samples of the whole step,
+    of which every rank loads its share and cuts it into microbatches.
+
+    Args:
+        modules: layout by module name; ``None`` is colocated with tp 1, dp = world and ep the largest divisor of
+            the number of experts that fits.
+        num_microbatches: microbatches per step.
+        ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module.
+        timeout: for collectives; a rank that waits longer raises.
+
+    Raises:
+        LayoutError: from ``Trainer.fit`` and the like, before any process group exists, if the layout does not fit.
+    """
+
+    strategy_name = "mimo_hetero"
+
+    def __init__(
+        self,
+        modules: Mapping[str, ModuleParallel] | None = None,
+        num_microbatches: int = 1,
+        ddp: DistributedDataParallelConfig | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__()
+        if num_microbatches < 1:
+            raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+        self._modules = modules
+        self._num_microbatches = num_microbatches
+        self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
+        self._timeout = timeout
+        self._num_nodes = 1
+        self.layout: Layout | None = None
+        self.topology: Topology | None = None
+        self.runtime: MimoRuntime | None = None
+
+    # ---- processes and devices
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning injects samplers and reduces metrics for strategies that say so."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment and rank-zero helpers this process's rank."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._launcher = CheckingLauncher(
+            self._check, self.cluster_environment, self.num_processes, self.num_nodes
+        )
+
+    def _check(self, model: LightningModule, *data: Any) -> None:
+        """Refuse, before any process is started or group made, what cannot work; sets the layout."""
+        if not isinstance(model, MimoModule):
+            raise TypeError(
+                f"MimoHeteroStrategy trains a mimo_strategy.MimoModule, got {type(model).__name__}; it must tell "
+                "of its modules by module_sizes, module_spec and encoder_inputs"
+            )
+        self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
+        for source in data:
+            batch_size = getattr(source, "batch_size", None)
+            if isinstance(batch_size, int):
+                self.layout.check_batch(batch_size, self._num_microbatches)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        on_cpu = self.root_device.type == "cpu"
+        _init_dist_connection(
+            self.cluster_environment,
+            "gloo" if on_cpu else "nccl",
+            timeout=self._timeout,
+            device_id=None if on_cpu else self.root_device,
+        )
+        if self.topology is None:
+            self.topology = Topology(self.layout)
+            self.lightning_module.build_context = BuildContext(
+                self.topology,
+                self.precision_plugin.dtype,
+                self.root_device,
+                seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            )
+
+    # ---- model and optimizer
+
+    @property
+    @override
+    def precision_plugin(self) -> MegatronPrecision:
+        return self._precision_plugin or MegatronPrecision("32-true")
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None and not isinstance(plugin, MegatronPrecision):
+            plugin = MegatronPrecision(plugin.precision)
+        self._precision_plugin = plugin
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        if self.runtime is None:
+            self.runtime = MimoRuntime(
+                module.model,
+                self.topology,
+                ddp_config=replace(
+                    self._ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32
+                ),
+                num_microbatches=self._num_microbatches,
+                dtype=self.precision_plugin.dtype,
+                device=self.root_device,
+            )
+            module.runtime = self.runtime
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    @override
+    def model_to_device(self) -> None:
+        """Modules are built on their device."""
+
+    # ---- data
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """One global order for all ranks; :meth:`process_dataloader` gives each its share."""
+        return {"num_replicas": 1, "rank": 0}
+
+    @override
+    def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
+        self.layout.check_batch(dataloader.batch_size, self._num_microbatches)
+        return share_dataloader(
+            dataloader,
+            StepShare(self.layout, self.global_rank, self._num_microbatches),
+            train=self.lightning_module.trainer.state.stage is RunningStage.TRAINING,
+            seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
+        )
+
+    # ---- collectives
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier(device_ids=[self.root_device.index] if self.root_device.type == "cuda" else None)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        if not isinstance(tensor, Tensor) or not dist.is_initialized():
+            return tensor
+        reduced = tensor.clone()
+        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        operation = (
+            ReduceOp.SUM
+            if mean
+            else getattr(ReduceOp, reduce_op.upper())
+            if isinstance(reduce_op, str)
+            else reduce_op
+        )
+        dist.all_reduce(reduced, op=operation, group=group)
+        return reduced / dist.get_world_size(group) if mean else reduced
+
+    @override
+    def teardown(self) -> None:
+        """Keeps model and groups for the Trainer's next call; moving the model would break its flat buffers."""
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+
+StrategyRegistry.register(
+    MimoHeteroStrategy.strategy_name,
+    MimoHeteroStrategy,
+    description="megatron-core with a parallel layout per module",
+    # a package imported twice, once as __main__, must not fail
+    override=True,
+)

@@ -1,0 +1,109 @@
+"""Run a function on several ranks from a test."""
+
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(AssertionError):
+    """A rank failed, or did not finish in time; the message holds the first failing rank's traceback."""
+
+
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """Run ``function(*args)`` on ``world_size`` ranks over gloo and return what each returned, in rank order.
+
+    The ranks are forked from this process, and so need not import anything again; this process must not have used
+    threads of its own. Within ``function``, ``torch.distributed`` is initialised and Lightning takes its ranks from
+    the environment.
+
+    Args:
+        function: may be a closure; what it returns must pickle.
+        world_size: number of ranks.
+        args: passed to every rank.
+        timeout: seconds after which all ranks are killed.
+
+    Raises:
+        RankError: if a rank raises or dies, or the time is up. All ranks have ended then.
+    """
+    if dist.is_initialized():
+        raise RuntimeError(
+            "run_on_ranks forks ranks, so this process must not have torch.distributed initialised"
+        )
+    torch.set_num_threads(1)
+    fork = get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        processes = [
+            fork.Process(target=_run_rank, args=(function, args, rank, world_size, Path(folder), timeout))
+            for rank in range(world_size)
+        ]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, Path(folder), time.monotonic() + timeout, timeout)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> None:
+    """Return when all ranks have ended well; raise as soon as one has not."""
+    while any(process.exitcode is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if failed:
+            break
+        if time.monotonic() > deadline:
+            running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            raise RankError(f"ranks {running} of {len(processes)} did not finish within {timeout:g} s")
+        time.sleep(0.01)
+    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        raise RankError(
+            f"rank {errors[0].name.removeprefix('error-')} failed first:\n{errors[0].read_text()}"
+        )
+    died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+    if died:
+        causes = ", ".join(
+            f"rank {rank} by {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+            for rank, code in died.items()
+        )
+        raise RankError(f"ended without a traceback: {causes}")
+
+
+def _run_rank(
+    function: Callable[..., Any], args: tuple, rank: int, world_size: int, folder: Path, timeout: float
+) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / 'store'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        result = function(*args)
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,251 @@
+"""A hybrid language model of Mamba-2, attention, MLP and mixture-of-experts layers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
+from mimo_strategy.module import MimoModule
+from modules.layer_specs import ACTIVATIONS, hybrid_stack_spec
+from modules.transformer import transformer_config
+
+NEMOTRON_20_LAYERS = "MEMEM*EMEMEM*EMEMEM*"
+NEMOTRON_54_LAYERS = "MEMEM*EMEM*EMEM*EMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEME"
+
+_LAYER_SYMBOLS = "M*-E"
+
+
+@dataclass(frozen=True)
+class MambaMoEConfig:
+    """Sizes of the language model; the defaults are Nemotron's with 20 layers.
+
+    Args:
+        pattern: one symbol a layer: ``M`` Mamba-2, ``*`` attention, ``-`` MLP, ``E`` mixture of experts; ``|``
+            marks pipeline stages. Without ``|`` stages get equally many layers.
+        vocab_size: tokens in the vocabulary.
+        max_sequence_length: tokens of the longest sequence.
+        hidden_size: width of the model.
+        num_attention_heads: query heads of attention layers.
+        num_query_groups: key-value heads.
+        kv_channels: width of a head; ``None`` is ``hidden_size`` / ``num_attention_heads``.
+        ffn_hidden_size: inner width of MLP layers.
+        mamba_num_heads: heads of Mamba-2 layers.
+        mamba_head_dim: width of a Mamba-2 head.
+        mamba_num_groups: groups that share B and C.
+        mamba_state_dim: width of a head's state.
+        num_experts: experts of a mixture-of-experts layer.
+        experts_per_token: experts that a token is routed to.
+        expert_ffn_hidden_size: inner width of an expert.
+        shared_expert_ffn_hidden_size: inner width of the expert that every token takes; 0 for none.
+        router_score: function of the router's logits.
+        router_bias: balance experts by a bias that is updated beside the gradients (arXiv 2408.15664).
+        router_scaling: factor on the experts' weights.
+        aux_loss_coeff: weight of the load-balancing loss; 0 for none.
+        init_std: standard deviation of initial weights.
+        dropout: probability of dropping, in attention and residual connections.
+
+    Raises:
+        ValueError: if sizes do not fit each other.
+    """
+
+    pattern: str = NEMOTRON_20_LAYERS
+    vocab_size: int = 131_072
+    max_sequence_length: int = 8192
+    hidden_size: int = 2688
+    num_attention_heads: int = 32
+    num_query_groups: int = 8
+    kv_channels: int | None = 128
+    ffn_hidden_size: int = 1856
+    mamba_num_heads: int = 64
+    mamba_head_dim: int = 64
+    mamba_num_groups: int = 8
+    mamba_state_dim: int = 128
+    num_experts: int = 128
+    experts_per_token: int = 6
+    expert_ffn_hidden_size: int = 1856
+    shared_expert_ffn_hidden_size: int = 3712
+    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    router_bias: bool = True
+    router_scaling: float = 2.5
+    aux_loss_coeff: float = 1e-4
+    init_std: float = 0.0173
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.pattern) - set(_LAYER_SYMBOLS + "|")
+        if unknown or not self.layers:
+            raise ValueError(
+                f"pattern {self.pattern!r} must be made of {' '.join(_LAYER_SYMBOLS)} and |"
+                + (f"; unknown: {' '.join(sorted(unknown))}" if unknown else "")
+            )
+        for size, divisor in (
+            ("num_attention_heads", "num_query_groups"),
+            ("mamba_num_heads", "mamba_num_groups"),
+        ):
+            if getattr(self, size) % getattr(self, divisor):
+                raise ValueError(
+                    f"{divisor} {getattr(self, divisor)} does not divide {size} {getattr(self, size)}"
+                )
+        if self.has_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} must be between 1 and num_experts {self.num_experts}"
+            )
+
+    @property
+    def layers(self) -> str:
+        """The pattern without stage marks: one symbol a layer."""
+        return self.pattern.replace("|", "")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return "E" in self.pattern
+
+    def stages(self, pp: int) -> str:
+        """The pattern cut by ``|`` into ``pp`` stages."""
+        if pp == 1:
+            return self.layers
+        if "|" in self.pattern:
+            return self.pattern
+        size = len(self.layers) // pp
+        return "|".join(self.layers[start : start + size] for start in range(0, len(self.layers), size))
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "MambaMoEConfig":
+        """A model of every layer kind that trains in minutes on a CPU."""
+        tiny = {
+            "pattern": "M*-ME",
+            "vocab_size": 64,
+            "max_sequence_length": 64,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "kv_channels": 16,
+            "ffn_hidden_size": 128,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "mamba_num_groups": 2,
+            "mamba_state_dim": 16,
+            "num_experts": 4,
+            "experts_per_token": 2,
+            "expert_ffn_hidden_size": 64,
+            "shared_expert_ffn_hidden_size": 64,
+            "init_std": 0.05,
+        }
+        return cls(**(tiny | changes))
+
+
+class MambaMoE(MimoModule):
+    """The language model: trains on text alone, or as part of a larger model.
+
+    Args:
+        config: its sizes.
+        optimizer: settings of the optimizer when it is trained alone.
+    """
+
+    special_token_ids: dict[str, int] = {}
+
+    def __init__(self, config: MambaMoEConfig, optimizer: OptimizerConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.optimizer_config = optimizer or OptimizerConfig(lr=2e-4, adam_beta2=0.95)
+
+    def module_sizes(self) -> dict[str, ModuleSizes]:
+        config = self.config
+        tp_divides = {"vocab_size": config.vocab_size, "max_sequence_length": config.max_sequence_length}
+        if "*" in config.pattern:
+            tp_divides["num_attention_heads"] = config.num_attention_heads
+            tp_divides["num_query_groups"] = config.num_query_groups
+        if "-" in config.pattern:
+            tp_divides["ffn_hidden_size"] = config.ffn_hidden_size
+        if "M" in config.pattern:
+            tp_divides["mamba_num_heads"] = config.mamba_num_heads
+            tp_divides["mamba_num_groups"] = config.mamba_num_groups
+        if config.has_experts and config.shared_expert_ffn_hidden_size:
+            tp_divides["shared_expert_ffn_hidden_size"] = config.shared_expert_ffn_hidden_size
+        num_layers = len(config.layers)
+        stages = {config.pattern.count("|") + 1}
+        if stages == {1}:
+            stages = {number for number in range(1, num_layers + 1) if num_layers % number == 0}
+        return {
+            LANGUAGE: ModuleSizes(
+                tp_divides=tp_divides,
+                etp_divides={"expert_ffn_hidden_size": config.expert_ffn_hidden_size}
+                if config.has_experts
+                else {},
+                num_experts=config.num_experts if config.has_experts else 0,
+                pp_stages=frozenset(stages | {1}),
+            )
+        }
+
+    def module_spec(
+        self, name: str, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype
+    ) -> ModuleSpec:
+        config = self.config
+        experts = {}
+        if config.has_experts:
+            experts = {
+                "num_moe_experts": config.num_experts,
+                "moe_router_topk": config.experts_per_token,
+                "moe_ffn_hidden_size": config.expert_ffn_hidden_size,
+                "moe_shared_expert_intermediate_size": config.shared_expert_ffn_hidden_size or None,
+                "moe_router_score_function": config.router_score,
+                "moe_router_enable_expert_bias": config.router_bias,
+                "moe_router_topk_scaling_factor": config.router_scaling,
+                "moe_router_dtype": "fp32",
+                "moe_router_load_balancing_type": "seq_aux_loss" if config.aux_loss_coeff else "none",
+                "moe_aux_loss_coeff": config.aux_loss_coeff,
+            }
+        transformer = transformer_config(
+            layout,
+            dtype,
+            num_layers=len(config.layers),
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_query_groups,
+            kv_channels=config.kv_channels,
+            ffn_hidden_size=config.ffn_hidden_size,
+            normalization="RMSNorm",
+            add_bias_linear=False,
+            activation_func=ACTIVATIONS["squared_relu"],
+            attention_dropout=config.dropout,
+            hidden_dropout=config.dropout,
+            init_method_std=config.init_std,
+            mamba_num_heads=config.mamba_num_heads,
+            mamba_head_dim=config.mamba_head_dim,
+            mamba_num_groups=config.mamba_num_groups,
+            mamba_state_dim=config.mamba_state_dim,
+            is_hybrid_model=True,
+            # experts under tensor parallelism need it
+            sequence_parallel=layout.tp > 1,
+            **experts,
+        )
+        stage, num_stages = (groups.pp.rank(), groups.pp.size()) if groups is not None else (0, layout.pp)
+        return ModuleSpec(
+            module=HybridModel,
+            params={
+                "config": transformer,
+                "hybrid_stack_spec": hybrid_stack_spec(config.num_experts),
+                "vocab_size": config.vocab_size,
+                "max_sequence_length": config.max_sequence_length,
+                "hybrid_layer_pattern": config.stages(layout.pp),
+                "pre_process": stage == 0,
+                "post_process": stage == num_stages - 1,
+                "position_embedding_type": "none",
+                "share_embeddings_and_output_weights": False,
+                # MimoModel scatters the merged embeddings of all modules
+                "scatter_embedding_sequence_parallel": False,
+                "pg_collection": groups,
+            },
+        )
+
+    def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
+        raise ValueError(f"a text-only model has no encoder {name}")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.optimizer_config)

@@ -1,0 +1,54 @@
+"""megatron-core's TransformerConfig for one module in one layout."""
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mimo_strategy.layout import ModuleLayout
+
+
+@cache
+def use_transformer_engine() -> bool:
+    """Whether layers come from Transformer Engine: it is installed and a GPU is there."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(layout: ModuleLayout, dtype: torch.dtype, **settings: Any) -> TransformerConfig:
+    """The config of a module: its own ``settings``, and what every module of a step must have in common.
+
+    Args:
+        layout: the module's layout.
+        dtype: dtype of parameters and of what pipelines and bridges send.
+        settings: further fields of ``TransformerConfig``.
+    """
+    fused = use_transformer_engine()
+    common = {
+        "tensor_model_parallel_size": layout.tp,
+        "context_parallel_size": layout.cp,
+        "pipeline_model_parallel_size": layout.pp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        # Gradients of all modules are summed, then divided once by the step's token count.
+        "calculate_per_token_loss": True,
+        # Modules exchange tensors of different shapes. This in turn asks every module, dense ones too, for the
+        # alltoall dispatcher.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
+        "cross_entropy_loss_fusion": fused,
+    }
+    return TransformerConfig(**(common | settings))
