@@ -1,0 +1,40 @@
+VENV ?= .venv
+LAYOUT ?= non_colocated
+LAYOUTS := non_colocated colocated
+NAME ?=
+
+# PYTHON is the caller's: the interpreter that setup makes the environment with.
+VENV_PYTHON = "$(VENV)/bin/python"
+
+# Every rank is a process of its own, so more threads would only compete for the same cores.
+OMP_NUM_THREADS ?= 1
+export VENV OMP_NUM_THREADS
+
+.PHONY: help setup train test lint format clean known-layout
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+setup: ## make the virtual environment VENV (.venv) and install everything; PYTHON= names the interpreter
+	@scripts/setup.sh
+
+train: known-layout setup ## train the example; LAYOUT=non_colocated (default) or colocated, NAME= names the run
+	$(VENV_PYTHON) examples/train_digits.py --layout $(LAYOUT) $(if $(NAME),--name "$(NAME)")
+
+test: setup ## run the tests
+	$(VENV_PYTHON) -m pytest -q
+
+lint: setup ## check style and format
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+
+format: setup ## fix style and format
+	$(VENV_PYTHON) -m ruff check --fix
+	$(VENV_PYTHON) -m ruff format
+
+clean: ## remove runs, checkpoints and caches
+	rm -rf runs checkpoints lightning_logs build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+known-layout:
+	@$(if $(filter $(LAYOUTS),$(LAYOUT)),,$(error LAYOUT is '$(LAYOUT)', but must be one of: $(LAYOUTS)))
