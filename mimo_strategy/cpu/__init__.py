@@ -1,0 +1,1 @@
+"""What megatron-core needs to run without a GPU."""
