@@ -4,8 +4,19 @@ from mimo_strategy.cpu import import_hook
 
 import_hook.install()
 
+from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig  # noqa: E402
+
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel  # noqa: E402
 from mimo_strategy.module import MimoModule  # noqa: E402
 from mimo_strategy.strategy import MimoHeteroStrategy  # noqa: E402
 
-__all__ = ["Layout", "LayoutError", "MimoHeteroStrategy", "MimoModule", "ModuleParallel"]
+__all__ = [
+    "DistributedDataParallelConfig",
+    "Layout",
+    "LayoutError",
+    "MimoHeteroStrategy",
+    "MimoModule",
+    "ModuleParallel",
+    "OptimizerConfig",
+]

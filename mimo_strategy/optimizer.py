@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core.models.mimo.optimizer import MimoOptimizer
@@ -22,6 +23,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
     Attributes:
         clip_grad: largest norm over all modules' gradients; 0 does not clip.
         grad_norm: norm over all modules' gradients at the last step; ``None`` if the step was skipped.
+        num_updates: steps that were not skipped.
     """
 
     def __init__(
@@ -44,13 +46,15 @@ class ModuleOptimizer(torch.optim.Optimizer):
         self.megatron_optimizer = optimizer
         self.clip_grad = 0.0
         self.grad_norm: float | None = None
+        self.num_updates = 0
 
     def step(self, closure=None):
         """Run ``closure``, which computes the gradients, then let megatron-core update; collective over the world."""
         with torch.enable_grad() if closure else nullcontext():
             loss = closure() if closure else None
         self._push_settings()
-        _, self.grad_norm, _ = self.megatron_optimizer.step()
+        updated, self.grad_norm, _ = self.megatron_optimizer.step()
+        self.num_updates += updated
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -58,6 +62,19 @@ class ModuleOptimizer(torch.optim.Optimizer):
 
         The runtime clears gradients before each step.
         """
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the sharded state: the groups without their parameters, and counts."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.param_groups
+        ]
+        return {"param_groups": groups, "num_updates": self.num_updates}
+
+    def load_settings(self, settings: dict[str, Any]) -> None:
+        """Take over what :meth:`settings` returned."""
+        for group, saved in zip(self.param_groups, settings["param_groups"], strict=True):
+            group.update(saved)
+        self.num_updates = settings["num_updates"]
 
     def _push_settings(self) -> None:
         for group in self.param_groups:

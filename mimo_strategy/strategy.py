@@ -1,9 +1,11 @@
 """``MimoHeteroStrategy``: Lightning's verbs for a model whose modules have layouts of their own."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, override
 
 import torch
@@ -21,10 +23,12 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.utils.data import DataLoader
 
+from mimo_strategy import checkpoint as checkpoints
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher
 from mimo_strategy.layout import Layout, ModuleParallel
 from mimo_strategy.module import BuildContext, MimoModule
+from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.runtime.runtime import MimoRuntime
 from mimo_strategy.step_batch import StepShare
@@ -197,6 +201,70 @@ class MimoHeteroStrategy(ParallelStrategy):
             train=self.lightning_module.trainer.state.stage is RunningStage.TRAINING,
             seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
         )
+
+    # ---- checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Shards are loaded into the wrapped model and its optimizer."""
+        return True
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        """Optimizers are restored by :meth:`load_checkpoint`."""
+        return False
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: :meth:`save_checkpoint` takes the shards from the model itself."""
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: ModuleOptimizer) -> dict[str, Any]:
+        """Settings and counts; :meth:`save_checkpoint` takes the shards itself."""
+        return optimizer.settings()
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise TypeError("MimoHeteroStrategy writes checkpoints itself and takes no storage_options")
+        optimizer = self.optimizers[0].megatron_optimizer if "optimizer_states" in checkpoint else None
+        shards = checkpoints.sharded_state(self.runtime.model, optimizer, is_loading=False)
+        checkpoints.save(Path(filepath), shards, checkpoint)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        directory = Path(checkpoint_path)
+        state = checkpoints.load_lightning_state(directory)
+        model = self.runtime.model
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in state:
+            optimizer, settings = self.optimizers[0], state["optimizer_states"][0]
+            checkpoints.load_shards(
+                directory, model, optimizer.megatron_optimizer, num_updates=settings["num_updates"]
+            )
+            optimizer.load_settings(settings)
+        else:
+            checkpoints.load_shards(directory, model, None)
+        return state
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Done by :meth:`load_checkpoint`."""
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done by :meth:`load_checkpoint`."""
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            shutil.rmtree(filepath)
 
     # ---- collectives
 

@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.overlay import Overlay
+from mimo_strategy.runtime.distributed_optimizer import distributed_optimizer_class
 from mimo_strategy.topology import Topology
 
 
@@ -47,7 +48,10 @@ def build_optimizer(
                 overlap_param_gather=ddp_config.overlap_param_gather,
             )
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
-            with _param_groups_of(topology.groups[name].intra_dist_opt):
+            repaired = mock.patch.object(
+                megatron_optimizer, "DistributedOptimizer", distributed_optimizer_class()
+            )
+            with repaired, _param_groups_of(topology.groups[name].intra_dist_opt):
                 # The module's own collection, not the one that upstream's get_mimo_optimizer derives from the
                 # grid: that one lacks expt_tp, and counts experts wrongly in the norm where etp differs from tp.
                 optimizer = megatron_optimizer.get_megatron_optimizer(

@@ -1,0 +1,5 @@
+"""Callbacks that know of modules and lanes."""
+
+from mimo_strategy.callbacks.throughput import Throughput
+
+__all__ = ["Throughput"]
