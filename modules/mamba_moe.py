@@ -1,7 +1,7 @@
 """A hybrid language model of Mamba-2, attention, MLP and mixture-of-experts layers."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -148,7 +148,7 @@ class MambaMoE(MimoModule):
         optimizer: settings of the optimizer when it is trained alone.
     """
 
-    special_token_ids: dict[str, int] = {}
+    special_token_ids: ClassVar[dict[str, int]] = {}
 
     def __init__(self, config: MambaMoEConfig, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
