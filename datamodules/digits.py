@@ -115,9 +115,9 @@ class DigitsDataModule(StepDataModule):
         self,
         batch_size: int,
         *,
-        image_size: int = 32,
-        tokens_per_image: int = 16,
-        seq_length: int = 32,
+        image_size: int = 16,
+        tokens_per_image: int = 4,
+        seq_length: int = 16,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -134,9 +134,7 @@ class DigitsDataModule(StepDataModule):
         self.vocabulary = WordVocabulary(words, size=64)
 
         scans, digits = _load_scans()
-        images = F.interpolate(scans / 8 - 1, size=(image_size, image_size), mode="bilinear").expand(
-            -1, 3, -1, -1
-        )
+        images = F.interpolate(scans / 8 - 1, size=(image_size, image_size), mode="bilinear").expand(-1, 3, -1, -1)
         train_questions, val_questions = _split(digits)
         train_dataset, val_dataset = (
             DigitsDataset(

@@ -116,9 +116,7 @@ class MockImageDataModule(StepDataModule):
         if min(height, width) < 2:
             raise ValueError(f"image_size must be at least 2 pixels each way, got {height} x {width}")
         fewest, most = (
-            (images_per_sample, images_per_sample)
-            if isinstance(images_per_sample, int)
-            else images_per_sample
+            (images_per_sample, images_per_sample) if isinstance(images_per_sample, int) else images_per_sample
         )
         if not 0 <= fewest <= most:
             raise ValueError(f"images_per_sample must be 0 <= fewest <= most, got {fewest} and {most}")

@@ -27,9 +27,7 @@ class WordVocabulary:
             raise ValueError(f"words must be non-empty and free of whitespace, got {malformed}")
         if len(self._ids) < len(tokens):
             repeated = [token for token_id, token in enumerate(tokens) if self._ids[token] != token_id]
-            raise ValueError(
-                f"words must be distinct and not special tokens, got more than one of {repeated}"
-            )
+            raise ValueError(f"words must be distinct and not special tokens, got more than one of {repeated}")
         size = len(tokens) if size is None else size
         if size < len(tokens):
             raise ValueError(f"3 special tokens + {len(tokens) - 3} words = {len(tokens)} > size {size}")

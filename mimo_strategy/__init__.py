@@ -1,7 +1,9 @@
 """Train multimodal models on megatron-core with a parallel layout per module, under PyTorch Lightning."""
 
+from mimo_strategy import upstream_noise
 from mimo_strategy.cpu import import_hook
 
+upstream_noise.silence()
 import_hook.install()
 
 from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402

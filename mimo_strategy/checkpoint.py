@@ -25,9 +25,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 filesystem_async._results_queue = queue.Queue()
 
 
-def sharded_state(
-    model: HeteroMimoModel, optimizer: MimoOptimizer | None, *, is_loading: bool
-) -> dict[str, Any]:
+def sharded_state(model: HeteroMimoModel, optimizer: MimoOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """This rank's shards of model and optimizer: what to save, or what to load into.
 
     Args:
@@ -79,9 +77,7 @@ def load_lightning_state(directory: Path) -> dict[str, Any]:
     """
     path = directory / _LIGHTNING_STATE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} is no checkpoint of MimoHeteroStrategy: it has no {_LIGHTNING_STATE}"
-        )
+        raise FileNotFoundError(f"{directory} is no checkpoint of MimoHeteroStrategy: it has no {_LIGHTNING_STATE}")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -74,9 +74,7 @@ def _collate_marked(collate, marked: list[tuple[Any, bool]]) -> dict[str, Any]:
     return {**collate(list(samples)), "is_padding": torch.tensor(is_padding)}
 
 
-def share_dataloader(
-    dataloader: DataLoader, share: StepShare, *, train: bool, seed_workers: bool
-) -> DataLoader:
+def share_dataloader(dataloader: DataLoader, share: StepShare, *, train: bool, seed_workers: bool) -> DataLoader:
     """The loader of this rank's share of what ``dataloader`` would yield in one process.
 
     In training an incomplete last step batch is dropped. Elsewhere it is padded, and batches get a key
@@ -92,9 +90,7 @@ def share_dataloader(
         ValueError: if the loader has no batch size, or not one step batch for training.
     """
     if dataloader.batch_size is None:
-        raise ValueError(
-            "the DataLoader needs a batch_size: the samples of one optimizer step over all ranks"
-        )
+        raise ValueError("the DataLoader needs a batch_size: the samples of one optimizer step over all ranks")
     sampler = ShareSampler(dataloader.sampler, dataloader.batch_size, share, pad_last=not train)
     if len(sampler) == 0:
         raise ValueError(

@@ -39,11 +39,17 @@ class Generation(NamedTuple):
 
 @torch.no_grad()
 def generate_greedily(
-    module: MimoModule, batch: Batch, *, max_new_tokens: int, end_token_id: int
+    module: MimoModule, batch: Batch, *, end_token_id: int, max_new_tokens: int | None = None
 ) -> Generation:
     """Continue each sample after its ``prompt_length`` tokens; collective over the world under a runtime.
 
     Each new token costs a forward pass over the whole sequence. Samples that only pad the step batch are left out.
+
+    Args:
+        module: built; under a runtime on every rank.
+        batch: what the loader yielded on this rank.
+        end_token_id: token that ends an answer.
+        max_new_tokens: tokens at most; ``None`` is as many as the longest answer of the step batch has.
 
     Raises:
         ValueError: if the sequence has no room for ``max_new_tokens`` after the longest prompt.
@@ -51,6 +57,9 @@ def generate_greedily(
     rows = _Rows(module, batch)
     prompt_length = rows.of_step_batch(batch["prompt_length"])
     positions = torch.arange(batch["input_ids"].shape[1], device=module.device)
+    answers = rows.of_step_batch(torch.where(batch["loss_mask"] > 0, batch["labels"], -1))
+    if max_new_tokens is None:
+        max_new_tokens = int((answers >= 0).sum(dim=1).max())
     room = len(positions) - int(prompt_length.max())
     if max_new_tokens > room:
         raise ValueError(
@@ -64,21 +73,16 @@ def generate_greedily(
     tokens = text.new_full((len(text), max_new_tokens), end_token_id)
     for step in range(max_new_tokens):
         last = prompt_length + step - 1
-        following = rows.most_likely(
-            batch | {"input_ids": rows.of_rank(text), "position": rows.of_rank(last)}
-        )
+        following = rows.most_likely(batch | {"input_ids": rows.of_rank(text), "position": rows.of_rank(last)})
         tokens[:, step] = torch.where(finished, end_token_id, following)
         text[everyone, last + 1] = tokens[:, step]
         finished |= following == end_token_id
         if finished.all():
             break
-    answers = torch.where(batch["loss_mask"] > 0, batch["labels"], -1)
     real = torch.ones_like(finished)
     if "is_padding" in batch:
         real = ~rows.of_step_batch(batch["is_padding"])
-    return Generation(
-        tokens[real], rows.of_step_batch(answers)[real], rows.of_step_batch(batch["sample_id"])[real]
-    )
+    return Generation(tokens[real], answers[real], rows.of_step_batch(batch["sample_id"])[real])
 
 
 class _Rows:

@@ -159,9 +159,7 @@ class Layout:
         return language.rank_offset + language.tp * language.cp * language.dp * (language.pp - 1)
 
     @classmethod
-    def _resolve(
-        cls, sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]
-    ) -> Self:
+    def _resolve(cls, sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> Self:
         _check_names(sizes, modules)
         # sizes order, so that every rank creates groups in the same order whatever the user's order
         resolved = {name: _resolve_module(name, modules[name], sizes[name], world_size) for name in sizes}
@@ -174,8 +172,8 @@ class Layout:
         encoders = [module for name, module in self.modules.items() if name != LANGUAGE]
         if encoders and self.placement is Placement.COLOCATED and language.pp > 1:
             raise LayoutError(
-                f"colocated modules cannot be pipelined: {LANGUAGE} has pp {language.pp} on ranks {_span(language.ranks)}, "
-                "which the encoders share"
+                f"colocated modules cannot be pipelined: {LANGUAGE} has pp {language.pp} on ranks "
+                f"{_span(language.ranks)}, which the encoders share"
             )
         for encoder in encoders:
             if encoder.dp % language.dp and language.dp % encoder.dp:
@@ -266,9 +264,7 @@ def _check_sizes(layout: ModuleLayout, sizes: ModuleSizes) -> None:
     for factor, divides in (("tp", sizes.tp_divides), ("etp", sizes.etp_divides)):
         for what, size in divides.items():
             if size % getattr(layout, factor):
-                raise LayoutError(
-                    f"{layout.name}: {factor} {getattr(layout, factor)} does not divide {what} {size}"
-                )
+                raise LayoutError(f"{layout.name}: {factor} {getattr(layout, factor)} does not divide {what} {size}")
     if layout.ep > 1 and (sizes.num_experts == 0 or sizes.num_experts % layout.ep):
         raise LayoutError(
             f"{layout.name}: ep {layout.ep} does not divide its {sizes.num_experts} experts"
@@ -292,9 +288,7 @@ def _placement(modules: Mapping[str, ModuleLayout], world_size: int) -> Placemen
     covered = set().union(*spans.values())
     if len(covered) < world_size:
         idle = sorted(set(range(world_size)) - covered)
-        raise LayoutError(
-            f"the modules leave a gap: {shown}; ranks {idle} of {world_size} would have no work"
-        )
+        raise LayoutError(f"the modules leave a gap: {shown}; ranks {idle} of {world_size} would have no work")
     if len(set(spans.values())) == 1:
         return Placement.COLOCATED
     if sum(map(len, spans.values())) > world_size:
@@ -302,9 +296,7 @@ def _placement(modules: Mapping[str, ModuleLayout], world_size: int) -> Placemen
     return Placement.NON_COLOCATED
 
 
-def _suggestion(
-    sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]
-) -> str:
+def _suggestion(sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> str:
     """A layout that fits, as close to the one asked for as the sizes allow."""
     asked = {name: modules.get(name, ModuleParallel()) for name in sizes}
     candidates = [_shrunk(sizes, asked, world_size), default_modules(sizes, world_size)]
@@ -323,9 +315,7 @@ def _shrunk(
 ) -> dict[str, ModuleParallel]:
     """Keep which module comes first and shrink every factor until it divides what it must."""
     disjoint = len({parallel.rank_offset for parallel in asked.values()}) > 1 and world_size >= len(asked)
-    spans = (
-        _split(world_size, [asked[name] for name in sizes]) if disjoint else [(0, world_size)] * len(sizes)
-    )
+    spans = _split(world_size, [asked[name] for name in sizes]) if disjoint else [(0, world_size)] * len(sizes)
     shrunk = {}
     for (name, size), (offset, num_ranks) in zip(sizes.items(), spans, strict=True):
         want = asked[name]
@@ -345,9 +335,7 @@ def _split(world_size: int, asked: list[ModuleParallel]) -> list[tuple[int, int]
     offset = 0
     for position, index in enumerate(order):
         following = len(order) - position - 1
-        want = asked[index].num_ranks or asked[index].tp * asked[index].cp * asked[index].pp * (
-            asked[index].dp or 1
-        )
+        want = asked[index].num_ranks or asked[index].tp * asked[index].cp * asked[index].pp * (asked[index].dp or 1)
         num_ranks = max(1, min(want, world_size - offset - following)) if following else world_size - offset
         spans[index] = (offset, num_ranks)
         offset += num_ranks

@@ -85,9 +85,7 @@ class MimoModule(LightningModule):
                 Topology.single_process(self.module_sizes()), torch.float32, self.device, torch.initial_seed()
             )
         context = self.build_context
-        self.model = build_model(
-            self, context.topology, dtype=context.dtype, device=context.device, seed=context.seed
-        )
+        self.model = build_model(self, context.topology, dtype=context.dtype, device=context.device, seed=context.seed)
 
     def forward(self, batch: Batch, *, labels: torch.Tensor | None = None) -> Any:
         """Run the modules of this rank on one microbatch.
@@ -99,13 +97,9 @@ class MimoModule(LightningModule):
         encoders = [name for name in self.special_token_ids if name in batch]
         output, _ = self.model(
             input_ids=batch["input_ids"],
-            position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(
-                batch["input_ids"]
-            ),
+            position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(batch["input_ids"]),
             labels=labels,
-            modality_inputs={
-                name: self.encoder_inputs(name, batch[name]) for name in encoders if len(batch[name])
-            },
+            modality_inputs={name: self.encoder_inputs(name, batch[name]) for name in encoders if len(batch[name])},
         )
         return output
 
@@ -140,16 +134,19 @@ class MimoModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.step_loss(batch, backward=False)
         # the epoch's mean is weighted by tokens
-        self.log("val_loss", loss.mean, prog_bar=True, batch_size=int(loss.count))
+        self.log("val_loss", loss.mean, prog_bar=True, batch_size=int(loss.count), sync_dist=True)
         return loss.mean
 
-    def generate(self, batch: Batch, *, max_new_tokens: int, end_token_id: int) -> Generation:
-        """Continue every sample's prompt greedily; see :func:`.generation.generate_greedily`."""
-        return generate_greedily(self, batch, max_new_tokens=max_new_tokens, end_token_id=end_token_id)
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if isinstance(optimizer, ModuleOptimizer) and optimizer.grad_norm is not None:
+            self.log("grad_norm", optimizer.grad_norm, batch_size=1)
 
-    def make_optimizer(
-        self, config: OptimizerConfig | Mapping[str, OptimizerConfig]
-    ) -> torch.optim.Optimizer:
+    def generate(self, batch: Batch, *, end_token_id: int, max_new_tokens: int | None = None) -> Generation:
+        """Continue every sample's prompt greedily; see :func:`.generation.generate_greedily`."""
+        return generate_greedily(self, batch, end_token_id=end_token_id, max_new_tokens=max_new_tokens)
+
+    def make_optimizer(self, config: OptimizerConfig | Mapping[str, OptimizerConfig]) -> torch.optim.Optimizer:
         """Make the optimizer for ``configure_optimizers``, one parameter group per module, named after it.
 
         Args:
@@ -164,12 +161,9 @@ class MimoModule(LightningModule):
             raise ValueError(f"optimizer settings are for {sorted(configs)}, the modules are {sorted(names)}")
         configs = {name: configs[name] for name in names}
         if self.runtime is not None:
-            return ModuleOptimizer(
-                self.runtime.build_optimizer(configs), configs, self.runtime.trainable_parameters()
-            )
+            return ModuleOptimizer(self.runtime.build_optimizer(configs), configs, self.runtime.trainable_parameters())
         modules = dict(self.model.modality_submodules.items()) | {LANGUAGE: self.model.language_model}
         trainable = {
-            name: [pair for pair in modules[name].named_parameters() if pair[1].requires_grad]
-            for name in names
+            name: [pair for pair in modules[name].named_parameters() if pair[1].requires_grad] for name in names
         }
         return plain_adamw(trainable, configs)

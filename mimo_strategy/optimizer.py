@@ -65,9 +65,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the sharded state: the groups without their parameters, and counts."""
-        groups = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.param_groups
-        ]
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {"param_groups": groups, "num_updates": self.num_updates}
 
     def load_settings(self, settings: dict[str, Any]) -> None:

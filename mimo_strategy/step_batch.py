@@ -77,9 +77,7 @@ class StepShare:
             return values.new_zeros((len(values) * self.num_lanes // self._language_dp, *values.shape[1:]))
         lane, dp = self._lanes[LANGUAGE]
         lanes_loaded = dp // self.num_lanes
-        return values.unflatten(0, (self._num_microbatches, lanes_loaded, -1))[
-            :, lane % lanes_loaded
-        ].flatten(0, 1)
+        return values.unflatten(0, (self._num_microbatches, lanes_loaded, -1))[:, lane % lanes_loaded].flatten(0, 1)
 
     def _narrow_modules(self, loaded: Batch) -> Batch:
         microbatch = dict(loaded)
@@ -133,11 +131,7 @@ def check_encoder_items(batch: Batch, encoders: Iterable[str]) -> None:
     for name in encoders:
         if name in batch:
             if f"num_{name}" not in batch:
-                raise ValueError(
-                    f"the batch has {name} but no num_{name}, which says how many each sample has"
-                )
+                raise ValueError(f"the batch has {name} but no num_{name}, which says how many each sample has")
             counted = int(batch[f"num_{name}"].sum())
             if counted != len(batch[name]):
-                raise ValueError(
-                    f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {counted}"
-                )
+                raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {counted}")

@@ -109,9 +109,7 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        self._launcher = CheckingLauncher(
-            self._check, self.cluster_environment, self.num_processes, self.num_nodes
-        )
+        self._launcher = CheckingLauncher(self._check, self.cluster_environment, self.num_processes, self.num_nodes)
 
     def _check(self, model: LightningModule, *data: Any) -> None:
         """Refuse, before any process is started or group made, what cannot work; sets the layout."""
@@ -168,9 +166,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             self.runtime = MimoRuntime(
                 module.model,
                 self.topology,
-                ddp_config=replace(
-                    self._ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32
-                ),
+                ddp_config=replace(self._ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32),
                 num_microbatches=self._num_microbatches,
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,
@@ -237,17 +233,13 @@ class MimoHeteroStrategy(ParallelStrategy):
         checkpoints.save(Path(filepath), shards, checkpoint)
 
     @override
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         directory = Path(checkpoint_path)
         state = checkpoints.load_lightning_state(directory)
         model = self.runtime.model
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in state:
             optimizer, settings = self.optimizers[0], state["optimizer_states"][0]
-            checkpoints.load_shards(
-                directory, model, optimizer.megatron_optimizer, num_updates=settings["num_updates"]
-            )
+            checkpoints.load_shards(directory, model, optimizer.megatron_optimizer, num_updates=settings["num_updates"])
             optimizer.load_settings(settings)
         else:
             checkpoints.load_shards(directory, model, None)
@@ -290,11 +282,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         reduced = tensor.clone()
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
         operation = (
-            ReduceOp.SUM
-            if mean
-            else getattr(ReduceOp, reduce_op.upper())
-            if isinstance(reduce_op, str)
-            else reduce_op
+            ReduceOp.SUM if mean else getattr(ReduceOp, reduce_op.upper()) if isinstance(reduce_op, str) else reduce_op
         )
         dist.all_reduce(reduced, op=operation, group=group)
         return reduced / dist.get_world_size(group) if mean else reduced

@@ -21,9 +21,7 @@ class RankError(AssertionError):
     """A rank failed, or did not finish in time; the message holds the first failing rank's traceback."""
 
 
-def run_on_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
-) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Run ``function(*args)`` on ``world_size`` ranks over gloo and return what each returned, in rank order.
 
     The ranks are forked from this process, and so need not import anything again; this process must not have used
@@ -40,9 +38,7 @@ def run_on_ranks(
         RankError: if a rank raises or dies, or the time is up. All ranks have ended then.
     """
     if dist.is_initialized():
-        raise RuntimeError(
-            "run_on_ranks forks ranks, so this process must not have torch.distributed initialised"
-        )
+        raise RuntimeError("run_on_ranks forks ranks, so this process must not have torch.distributed initialised")
     torch.set_num_threads(1)
     fork = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -76,9 +72,7 @@ def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> Non
         time.sleep(0.01)
     errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
     if errors:
-        raise RankError(
-            f"rank {errors[0].name.removeprefix('error-')} failed first:\n{errors[0].read_text()}"
-        )
+        raise RankError(f"rank {errors[0].name.removeprefix('error-')} failed first:\n{errors[0].read_text()}")
     died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
     if died:
         causes = ", ".join(

@@ -81,9 +81,7 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
                     norm=torch_norm,
                     mixer=ModuleSpec(
                         module=MambaMixer,
-                        submodules=MambaMixerSubmodules(
-                            in_proj=ColumnParallelLinear, out_proj=RowParallelLinear
-                        ),
+                        submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
                     ),
                     mamba_bda=get_bias_dropout_add,
                 ),
@@ -108,9 +106,7 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
                 module=MoETransformerLayer,
                 submodules=TransformerLayerSubmodules(
                     pre_mlp_layernorm=torch_norm,
-                    mlp=get_moe_module_spec(
-                        use_te=False, num_experts=max(num_experts, 1), moe_grouped_gemm=False
-                    ),
+                    mlp=get_moe_module_spec(use_te=False, num_experts=max(num_experts, 1), moe_grouped_gemm=False),
                     mlp_bda=get_bias_dropout_add,
                 ),
             ),

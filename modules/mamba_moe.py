@@ -88,9 +88,7 @@ class MambaMoEConfig:
             ("mamba_num_heads", "mamba_num_groups"),
         ):
             if getattr(self, size) % getattr(self, divisor):
-                raise ValueError(
-                    f"{divisor} {getattr(self, divisor)} does not divide {size} {getattr(self, size)}"
-                )
+                raise ValueError(f"{divisor} {getattr(self, divisor)} does not divide {size} {getattr(self, size)}")
         if self.has_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token {self.experts_per_token} must be between 1 and num_experts {self.num_experts}"
@@ -175,9 +173,7 @@ class MambaMoE(MimoModule):
         return {
             LANGUAGE: ModuleSizes(
                 tp_divides=tp_divides,
-                etp_divides={"expert_ffn_hidden_size": config.expert_ffn_hidden_size}
-                if config.has_experts
-                else {},
+                etp_divides={"expert_ffn_hidden_size": config.expert_ffn_hidden_size} if config.has_experts else {},
                 num_experts=config.num_experts if config.has_experts else 0,
                 pp_stages=frozenset(stages | {1}),
             )

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.optim.lr_scheduler import LambdaLR
 
+from mimo_strategy.generation import Generation
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.module import MimoModule
 from mimo_strategy.step_batch import Batch
@@ -54,9 +55,7 @@ class NemotronVLM(MimoModule):
                 f"tokens, which leaves no room for text in a sequence of {language.max_sequence_length}"
             )
         if not 0 <= image_token_id < language.vocab_size:
-            raise ValueError(
-                f"image_token_id {image_token_id} is not in the vocabulary of {language.vocab_size}"
-            )
+            raise ValueError(f"image_token_id {image_token_id} is not in the vocabulary of {language.vocab_size}")
         self.encoder = RadioEncoder(radio)
         self.projector = Projector(ProjectorConfig(radio.output_size, language.hidden_size, kind=projector))
         self.language = MambaMoE(language)
@@ -92,8 +91,9 @@ class NemotronVLM(MimoModule):
         warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup_steps + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs ``heldout_accuracy``: the share of samples whose generated answer is exact."""
-        longest = int((batch["loss_mask"] > 0).sum(dim=1).max())
-        exact = self.generate(batch, max_new_tokens=longest, end_token_id=self.end_token_id).is_exact()
-        self.log("heldout_accuracy", exact.float().mean(), prog_bar=True, batch_size=len(exact))
+    def test_step(self, batch: Batch, batch_idx: int) -> Generation:
+        """Generates answers and logs ``heldout_accuracy``: the share of samples whose answer is exact."""
+        generation = self.generate(batch, end_token_id=self.end_token_id)
+        exact = generation.is_exact().float()
+        self.log("heldout_accuracy", exact.mean(), prog_bar=True, batch_size=len(exact), sync_dist=True)
+        return generation

@@ -28,9 +28,7 @@ class EncoderPart(LightningModule):
         """The sizes that limit the part's layout."""
 
     @abstractmethod
-    def spec(
-        self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype
-    ) -> ModuleSpec:
+    def spec(self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype) -> ModuleSpec:
         """How megatron-core builds the part."""
 
     def configure_model(self) -> None:

@@ -50,9 +50,7 @@ class Projector(EncoderPart):
             return ModuleSizes(tp_divides={"projector output_size": self.config.output_size})
         return ModuleSizes(tp_divides={"projector ffn_hidden_size": self._ffn_hidden_size})
 
-    def spec(
-        self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype
-    ) -> ModuleSpec:
+    def spec(self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype) -> ModuleSpec:
         config = transformer_config(
             layout,
             dtype,

@@ -73,7 +73,7 @@ class RadioConfig:
         return self.hidden_size * self.pixel_shuffle**2
 
     @classmethod
-    def tiny(cls, image_size: int = 32) -> "RadioConfig":
+    def tiny(cls, image_size: int = 16) -> "RadioConfig":
         """An encoder that trains in minutes on a CPU; square images of ``image_size`` pixels."""
         return cls(
             image_height=image_size,
@@ -108,9 +108,7 @@ class RadioEncoder(EncoderPart):
             }
         )
 
-    def spec(
-        self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype
-    ) -> ModuleSpec:
+    def spec(self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype) -> ModuleSpec:
         config = transformer_config(
             layout,
             dtype,
@@ -133,9 +131,7 @@ class RadioEncoder(EncoderPart):
 
 
 class _RadioTokens(MegatronModule):
-    def __init__(
-        self, config: TransformerConfig, radio: RadioConfig, pg_collection: ProcessGroupCollection
-    ) -> None:
+    def __init__(self, config: TransformerConfig, radio: RadioConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config)
         self._radio = radio
         self.radio_model = RADIOViTModel(
@@ -161,6 +157,4 @@ class _RadioTokens(MegatronModule):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         # MegatronModule's looks for global parallel state
-        return sharded_state_dict_default(
-            self.radio_model, f"{prefix}radio_model.", sharded_offsets, metadata
-        )
+        return sharded_state_dict_default(self.radio_model, f"{prefix}radio_model.", sharded_offsets, metadata)

@@ -90,9 +90,9 @@ def test_digit_samples_keep_the_contract(digits):
             assert_contract(
                 dataset[index],
                 index=index,
-                seq_length=32,
-                image_shape=(3, 32, 32),
-                tokens_per_image=16,
+                seq_length=16,
+                image_shape=(3, 16, 16),
+                tokens_per_image=4,
                 image_token_id=digits.image_token_id,
                 vocab_size=digits.vocab_size,
                 end_token_id=digits.vocabulary.end_token_id,
@@ -265,9 +265,7 @@ def test_held_out_wordings_are_balanced_and_a_blind_guess_is_poor(digits):
     per_wording = Counter(wording for _, wording in dataset.questions)
     assert max(per_wording.values()) - min(per_wording.values()) <= 5
     answers = Counter((wording, dataset.digits[image]) for image, wording in dataset.questions)
-    best_guesses = sum(
-        max(answers[wording, digit] for digit in range(10)) for wording in range(len(WORDINGS))
-    )
+    best_guesses = sum(max(answers[wording, digit] for digit in range(10)) for wording in range(len(WORDINGS)))
     assert best_guesses / len(dataset) < 0.13
 
 
@@ -357,9 +355,9 @@ def test_mock_rejects_what_cannot_work(overrides, message):
     ("overrides", "message"),
     [
         (
-            {"seq_length": 16},
-            "tokens_per_image 16 x 1 images [+] 8 text tokens = 24 > seq_length 16; "
-            "use seq_length >= 24, or tokens_per_image <= 8",
+            {"seq_length": 11},
+            "tokens_per_image 4 x 1 images [+] 8 text tokens = 12 > seq_length 11; "
+            "use seq_length >= 12, or tokens_per_image <= 3",
         ),
         ({"image_size": 7}, "image_size .* got 7"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -96,9 +96,7 @@ def seed():
 @pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (7, 8), (8, 4), (16, 1), (23, 5), (33, 128)])
 def test_scan_equals_recurrence(length, chunk_size, groups):
     inputs = scan_inputs(length, groups)
-    actual = mamba_chunk_scan_combined(
-        **inputs, chunk_size=chunk_size, dt_softplus=True, return_final_states=True
-    )
+    actual = mamba_chunk_scan_combined(**inputs, chunk_size=chunk_size, dt_softplus=True, return_final_states=True)
     assert_same(actual, recurrence(**inputs, dt_softplus=True), inputs)
 
 
@@ -129,9 +127,7 @@ def test_dt_is_clamped(dt_limit):
 def test_states_continue_a_sequence():
     x, dt, A, B, C, *_ = scan_inputs(20, 2).values()
     whole = mamba_chunk_scan_combined(x, dt, A, B, C, 8)
-    head, states = mamba_chunk_scan_combined(
-        x[:, :9], dt[:, :9], A, B[:, :9], C[:, :9], 8, return_final_states=True
-    )
+    head, states = mamba_chunk_scan_combined(x[:, :9], dt[:, :9], A, B[:, :9], C[:, :9], 8, return_final_states=True)
     tail = mamba_chunk_scan_combined(x[:, 9:], dt[:, 9:], A, B[:, 9:], C[:, 9:], 8, initial_states=states)
     torch.testing.assert_close(torch.cat([head, tail], dim=1), whole)
 
@@ -142,9 +138,7 @@ def test_extreme_steps_leave_finite_gradients(chunk_size):
     inputs["A"] = (inputs["A"].detach() * 16).requires_grad_()
     steps = torch.tensor([1e4, -1e4, 50.0, -50.0, 0.0])
     inputs["dt"] = steps[torch.randint(5, inputs["dt"].shape)].requires_grad_()
-    y, states = mamba_chunk_scan_combined(
-        **inputs, chunk_size=chunk_size, dt_softplus=True, return_final_states=True
-    )
+    y, states = mamba_chunk_scan_combined(**inputs, chunk_size=chunk_size, dt_softplus=True, return_final_states=True)
     gradients = torch.autograd.grad(y.sum() + states.sum(), inputs.values())
     for name, t in {"y": y, "states": states, **dict(zip(inputs, gradients, strict=True))}.items():
         assert t.isfinite().all(), name
@@ -165,9 +159,9 @@ def test_low_precision_is_computed_in_float32(dtype):
 @pytest.mark.parametrize("length", [2, 9])
 def test_convolution_equals_torch(length, bias, activation):
     inputs = {"x": leaf(BATCH, length, 6), "weight": leaf(6, WIDTH), "bias": leaf(6) if bias else None}
-    expected = F.conv1d(
-        inputs["x"].mT, inputs["weight"][:, None], inputs["bias"], padding=WIDTH - 1, groups=6
-    ).mT[:, :length]
+    expected = F.conv1d(inputs["x"].mT, inputs["weight"][:, None], inputs["bias"], padding=WIDTH - 1, groups=6).mT[
+        :, :length
+    ]
     expected = expected if activation is None else F.silu(expected)
     assert_same([causal_conv1d(**inputs, activation=activation)], [expected], inputs)
 
@@ -211,9 +205,7 @@ def test_fused_entry_equals_composition(groups, D, tail):
     channels = len(inputs["conv1d_weight"])
     z, xBC, dt = inputs["zxbcdt"].split([inner, channels, HEADS], dim=-1)
     xBC = F.silu(
-        F.conv1d(
-            F.pad(xBC.mT, (3, 0)), inputs["conv1d_weight"][:, None], inputs["conv1d_bias"], groups=channels
-        )
+        F.conv1d(F.pad(xBC.mT, (3, 0)), inputs["conv1d_weight"][:, None], inputs["conv1d_bias"], groups=channels)
     ).mT
     x, B, C = xBC.split([inner, groups * STATE, groups * STATE], dim=-1)
     y, states = recurrence(
@@ -244,16 +236,12 @@ def test_packed_sequences_are_refused():
         with pytest.raises(NotImplementedError, match=next(iter(argument))):
             mamba_chunk_scan_combined(x, dt, A, B, C, 4, **argument)
     with pytest.raises(NotImplementedError, match="seq_idx"):
-        mamba_split_conv1d_scan_combined(
-            **fused_inputs(4, 1), chunk_size=4, headdim=HEADDIM, seq_idx=boundaries
-        )
+        mamba_split_conv1d_scan_combined(**fused_inputs(4, 1), chunk_size=4, headdim=HEADDIM, seq_idx=boundaries)
 
 
 def test_unknown_activation_is_refused():
     with pytest.raises(NotImplementedError, match="gelu"):
-        mamba_split_conv1d_scan_combined(
-            **fused_inputs(4, 1), chunk_size=4, headdim=HEADDIM, activation="gelu"
-        )
+        mamba_split_conv1d_scan_combined(**fused_inputs(4, 1), chunk_size=4, headdim=HEADDIM, activation="gelu")
 
 
 def test_head_dimension_must_be_known():

@@ -1,5 +1,6 @@
 """Callbacks that know of modules and lanes."""
 
+from mimo_strategy.callbacks.summary import ModuleSummary
 from mimo_strategy.callbacks.throughput import Throughput
 
-__all__ = ["Throughput"]
+__all__ = ["ModuleSummary", "Throughput"]

@@ -9,7 +9,7 @@ from mimo_strategy.step_batch import Batch
 
 
 class Throughput(Callback):
-    """Logs ``tokens_per_second``: tokens of the step batch, over all lanes, per second of a training step.
+    """Logs ``tokens/s``: tokens of the step batch, over all lanes, per second of a training step.
 
     A step lasts from the end of the one before it, so that waiting for data counts, and validation does not. The
     value is the first rank's, on every rank.
@@ -35,5 +35,5 @@ class Throughput(Callback):
             share = pl_module.runtime.share
             tokens = batch["input_ids"].numel() * share.num_lanes
             seconds = trainer.strategy.broadcast(now - self._step_began)
-            pl_module.log("tokens_per_second", tokens / seconds, prog_bar=True, batch_size=1)
+            pl_module.log("tokens/s", round(tokens / seconds), prog_bar=True, batch_size=1)
         self._step_began = time.perf_counter()

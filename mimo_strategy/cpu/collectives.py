@@ -25,9 +25,7 @@ def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=
     def as_list(sizes):
         return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
 
-    return dist.all_to_all_single(
-        output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs
-    )
+    return dist.all_to_all_single(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
 
 
 def all_gather(tensor_list, tensor, group=None, async_op=False):

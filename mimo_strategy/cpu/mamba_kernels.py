@@ -183,9 +183,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
         (b, l, d) in the dtype of ``x``.
     """
     if activation not in (None, "silu", "swish"):
-        raise NotImplementedError(
-            f"activation {activation!r} after the convolution: only silu (swish) or None"
-        )
+        raise NotImplementedError(f"activation {activation!r} after the convolution: only silu (swish) or None")
     length, width = x.shape[1], weight.shape[1]
     past = F.pad(x.to(_compute_dtype(x)), (0, 0, width - 1, 0))
     y = 0 if bias is None else bias.to(past.dtype)
@@ -224,9 +222,7 @@ class GatedRMSNorm(torch.nn.Module):
         """Normalize ``x`` (..., d), gated by ``z`` of the same shape if given; the dtype of ``x`` is kept."""
         return _gated_rms_norm(x, self.weight, z, self.eps, self.group_size, self.norm_before_gate)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Entries for ``megatron.core.dist_checkpointing``, the channels being split over ``tp_group``.
 
         ``MambaMixer`` sets ``tp_group`` on its norm, and passes ``metadata`` with "dp_cp_group".
@@ -345,6 +341,4 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _refuse(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
-            raise NotImplementedError(
-                f"{name} (packed sequences) needs mamba_ssm; the PyTorch kernels lack it"
-            )
+            raise NotImplementedError(f"{name} (packed sequences) needs mamba_ssm; the PyTorch kernels lack it")

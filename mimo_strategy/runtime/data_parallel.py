@@ -1,6 +1,5 @@
 """Wrap each module in megatron-core's data parallelism."""
 
-import logging
 from dataclasses import replace
 
 import torch
@@ -32,9 +31,7 @@ def wrap_modules(
         dtype: dtype of the parameters; half precision computes in it and reduces gradients as ``ddp_config`` says.
     """
 
-    def wrap(
-        name: str, module: torch.nn.Module, float16_module: type[Float16Module]
-    ) -> DistributedDataParallel:
+    def wrap(name: str, module: torch.nn.Module, float16_module: type[Float16Module]) -> DistributedDataParallel:
         config = module_config(module)
         if dtype is not torch.float32:
             module = float16_module(config, module)
@@ -57,13 +54,5 @@ def wrap_modules(
 def module_config(module: torch.nn.Module) -> TransformerConfig:
     """The config of a module; a modality's own container has none, its first encoder does."""
     return next(
-        part.config
-        for part in module.modules()
-        if isinstance(getattr(part, "config", None), TransformerConfig)
+        part.config for part in module.modules() if isinstance(getattr(part, "config", None), TransformerConfig)
     )
-
-
-# megatron-core asks callers to repeat a computation that it does as well itself.
-logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
-    lambda record: "full_param_layout not provided" not in record.getMessage()
-)

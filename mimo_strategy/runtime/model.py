@@ -1,6 +1,5 @@
 """Build the MimoModel of a topology: on every rank, the modules that run there."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -18,8 +17,6 @@ from mimo_strategy.topology import Topology
 
 _SEEDS_PER_MODULE = 10_000
 
-warnings.filterwarnings("ignore", message=".*experimental and still under active development.*")
-
 
 class DescribesModules(Protocol):
     """What a model must tell to be built; :class:`mimo_strategy.module.MimoModule` implements it."""
@@ -35,18 +32,14 @@ class HeteroMimoModel(MimoModel):
     """``MimoModel`` whose modules draw from random streams of their own."""
 
     def __init__(self, config: MimoModelConfig, topology: Topology, seed: int) -> None:
-        self._pipelined_alone = (
-            not config.modality_submodules_spec and topology.layout.modules[LANGUAGE].pp > 1
-        )
+        self._pipelined_alone = not config.modality_submodules_spec and topology.layout.modules[LANGUAGE].pp > 1
         self.rngs = {
             name: ModuleRng(seed + _SEEDS_PER_MODULE * (position + 1), topology.groups[name])
             for position, name in enumerate(topology.layout.modules)
             if topology.runs(name)
         }
         language = topology.groups.get(LANGUAGE)
-        super().__init__(
-            config, cp_group=language.cp if language else None, tp_group=language.tp if language else None
-        )
+        super().__init__(config, cp_group=language.cp if language else None, tp_group=language.tp if language else None)
         # megatron-core's schedules ask every model for it
         self.model_type = ModelType.encoder_or_decoder
         self._share_tracker()

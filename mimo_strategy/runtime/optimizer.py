@@ -48,9 +48,7 @@ def build_optimizer(
                 overlap_param_gather=ddp_config.overlap_param_gather,
             )
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
-            repaired = mock.patch.object(
-                megatron_optimizer, "DistributedOptimizer", distributed_optimizer_class()
-            )
+            repaired = mock.patch.object(megatron_optimizer, "DistributedOptimizer", distributed_optimizer_class())
             with repaired, _param_groups_of(topology.groups[name].intra_dist_opt):
                 # The module's own collection, not the one that upstream's get_mimo_optimizer derives from the
                 # grid: that one lacks expt_tp, and counts experts wrongly in the norm where etp differs from tp.

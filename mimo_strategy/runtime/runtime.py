@@ -48,7 +48,7 @@ class MimoRuntime:
         self._num_microbatches = num_microbatches
         self._ddp_config = ddp_config
         self._dtype = dtype
-        self._device = device
+        self.device = device
         self._step_loss = StepLoss(topology, device)
         self._reduced_loss: LossOutput | None = None
         wrap_modules(model, topology, ddp_config, dtype)
@@ -66,13 +66,16 @@ class MimoRuntime:
         """megatron-core's optimizer of all modules, from settings by module."""
         return build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
 
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The wrapped modules that run on this rank, by name."""
+        modules = dict(self.model.modality_submodules.items())
+        return modules if self.model.language_model is None else modules | {LANGUAGE: self.model.language_model}
+
     def trainable_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
         """This rank's trainable parameters by module."""
-        modules = dict(self.model.modality_submodules.items()) | {LANGUAGE: self.model.language_model}
         return {
             name: [parameter for parameter in module.parameters() if parameter.requires_grad]
-            for name, module in modules.items()
-            if module is not None
+            for name, module in self.modules().items()
         }
 
     def run_step(
@@ -93,7 +96,7 @@ class MimoRuntime:
         Returns:
             The loss of the whole step batch, the same on every rank.
         """
-        self._step_loss = StepLoss(self.topology, self._device)
+        self._step_loss = StepLoss(self.topology, self.device)
         self._reduced_loss = None
         if backward:
             self.model.zero_grad_buffer()
@@ -110,18 +113,14 @@ class MimoRuntime:
         self._schedule.run(forward_step, self.share.microbatches(batch), forward_only=not backward)
         return self._reduced_loss or self._step_loss.reduce()
 
-    def run_outputs(
-        self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]
-    ) -> list:
+    def run_outputs(self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]) -> list:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
 
         def forward_step(microbatches, model):
             microbatch = next(microbatches)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
-        return self._schedule.run(
-            forward_step, self.share.microbatches(batch), forward_only=True, collect_outputs=True
-        )
+        return self._schedule.run(forward_step, self.share.microbatches(batch), forward_only=True, collect_outputs=True)
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
@@ -129,9 +128,7 @@ class MimoRuntime:
 
     def _finalize(self, models, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
         self._reduced_loss = self._step_loss.reduce()
-        finalize_gradients(
-            self.model, self.topology, self._reduced_loss.count, force_all_reduce=bool(force_all_reduce)
-        )
+        finalize_gradients(self.model, self.topology, self._reduced_loss.count, force_all_reduce=bool(force_all_reduce))
 
     def destroy(self) -> None:
         """Destroy every process group; the runtime cannot be used afterwards."""

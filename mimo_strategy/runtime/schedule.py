@@ -51,9 +51,7 @@ class Schedule:
             )
         else:
             self.is_last_stage = True
-            self._forward_backward = partial(
-                forward_backward_no_pipelining, pg_collection=topology.groups[LANGUAGE]
-            )
+            self._forward_backward = partial(forward_backward_no_pipelining, pg_collection=topology.groups[LANGUAGE])
         self._model = model
 
     def run(
