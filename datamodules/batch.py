@@ -23,9 +23,8 @@ With S = `seq_length`, B = `batch_size` and images of height H and width W:
   them. It is 1 where a prompt is not meaningful.
 - `sample_id` is the index of the sample in its split's dataset.
 
-B counts the samples of the WHOLE optimizer step, over all ranks and microbatches. Every rank loads the same
-step batch, and the strategy cuts out of it what the rank and the microbatch need. The last batch of an epoch
-may be smaller.
+B counts the samples of the WHOLE optimizer step, over all ranks and microbatches. Under `MimoHeteroStrategy`
+each rank loads its share of them only, in the same form. The last batch of an epoch may be smaller.
 """
 
 from collections.abc import Sequence

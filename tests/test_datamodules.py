@@ -280,7 +280,7 @@ def test_prompts_and_answers_decode_to_their_wording(digits):
     dataset, vocabulary = digits.val_dataset, digits.vocabulary
     for index, (image, wording) in enumerate(dataset.questions):
         sample = dataset[index]
-        prompt = sample["input_ids"][16 : sample["prompt_length"]]
+        prompt = sample["input_ids"][4 : sample["prompt_length"]]
         assert vocabulary.decode(prompt) == WORDINGS[wording].prompt
         assert vocabulary.decode(answer_of(sample)) == WORDINGS[wording].answer_for(dataset.digits[image])
     assert [wording.answer_for(9) for wording in WORDINGS] == [
