@@ -1,6 +1,8 @@
 """A vision-language model: RADIO encoder, projector and Mamba-MoE language model."""
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ class NemotronVLM(MimoModule):
         projector: ``affine`` or ``mlp``.
         end_token_id: token that ends an answer.
         optimizer: settings for all modules, or by module name.
-        warmup_steps: steps over which the learning rate rises from 0; afterwards it stays.
+        warmup_steps: steps over which the learning rate rises from 0. It then falls to a tenth, along a cosine over
+            all steps of the Trainer.
 
     Raises:
         ValueError: if one image does not fit in a sequence, or ``image_token_id`` is not in the vocabulary.
@@ -88,8 +91,13 @@ class NemotronVLM(MimoModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.optimizer_config)
-        warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup_steps + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        schedule = partial(
+            warmup_then_cosine, warmup_steps=self.warmup_steps, total_steps=self.trainer.estimated_stepping_batches
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
+        }
 
     def test_step(self, batch: Batch, batch_idx: int) -> Generation:
         """Generates answers and logs ``heldout_accuracy``: the share of samples whose answer is exact."""
@@ -97,3 +105,13 @@ class NemotronVLM(MimoModule):
         exact = generation.is_exact().float()
         self.log("heldout_accuracy", exact.mean(), prog_bar=True, batch_size=len(exact), sync_dist=True)
         return generation
+
+
+def warmup_then_cosine(step: int, *, warmup_steps: int, total_steps: float) -> float:
+    """Factor on the learning rate at ``step``: rises to 1, then falls to 0.1; stays 1 if ``total_steps`` is inf."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if math.isinf(total_steps):
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 0.55 + 0.45 * math.cos(math.pi * progress)

@@ -215,7 +215,7 @@ def test_curves_draw_every_panel(tmp_path: Path) -> None:
             "step": step,
             "train_loss": 4 * 0.9**step + 0.01 * (step % 2),
             "grad_norm": 1.0,
-            "tokens_per_second": 5e4,
+            "tokens/s": 5e4,
         }
         for step in range(100)
     ]

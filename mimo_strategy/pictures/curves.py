@@ -45,7 +45,7 @@ def draw_curves(metrics_csv: Path) -> Figure:
     panels: dict[str, Callable[[Axes], None]] = {}
     if losses := {name: curves[name] for name in ("train_loss", "val_loss") if name in curves}:
         panels["loss"] = lambda axes: _draw_loss(axes, losses)
-    if tokens := curves.get("tokens_per_second"):
+    if tokens := curves.get("tokens/s"):
         panels["tokens per second"] = lambda axes: _draw_tokens(axes, tokens)
     if norms := curves.get("grad_norm"):
         panels["gradient norm"] = lambda axes: _draw_noisy(axes, norms, PURPLE)
