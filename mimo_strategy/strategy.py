@@ -161,6 +161,7 @@ class MimoHeteroStrategy(ParallelStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         self.accelerator.setup(trainer)
+        self.model_to_device()
         module = self.lightning_module
         if self.runtime is None:
             self.runtime = MimoRuntime(
@@ -178,7 +179,8 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def model_to_device(self) -> None:
-        """Modules are built on their device."""
+        """Modules are built on their device; this tells the LightningModule."""
+        self.lightning_module.to(self.root_device)
 
     # ---- data
 

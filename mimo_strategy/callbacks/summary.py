@@ -28,19 +28,20 @@ class ModuleSummary(Callback):
 def count_parameters(runtime: MimoRuntime) -> dict[str, tuple[int, int, int]]:
     """Parameters by module: in total, trainable, and the most on one rank. Collective over the world."""
     layouts = runtime.topology.layout.modules
-    sums = torch.zeros(len(layouts), 2, dtype=torch.float64, device=runtime.device)
-    most = torch.zeros(len(layouts), dtype=torch.float64, device=runtime.device)
     modules = runtime.modules()
-    for position, (name, layout) in enumerate(layouts.items()):
-        for parameter in modules[name].parameters() if name in modules else ():
-            share = parameter.numel() / _copies(parameter, layout)
-            sums[position] += torch.tensor([share, share * parameter.requires_grad])
-            most[position] += parameter.numel()
-    torch.distributed.all_reduce(sums)
+    shares, sizes = [], []
+    for name, layout in layouts.items():
+        parameters = list(modules[name].parameters()) if name in modules else []
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        shares.append([sum(p.numel() / _copies(p, layout) for p in part) for part in (parameters, trainable)])
+        sizes.append(sum(parameter.numel() for parameter in parameters))
+    totals = torch.tensor(shares, dtype=torch.float64, device=runtime.device)
+    most = torch.tensor(sizes, device=runtime.device)
+    torch.distributed.all_reduce(totals)
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
     return {
-        name: (round(sums[position, 0].item()), round(sums[position, 1].item()), int(most[position]))
-        for position, name in enumerate(layouts)
+        name: (round(total), round(trainable), per_rank)
+        for name, (total, trainable), per_rank in zip(layouts, totals.tolist(), most.tolist(), strict=True)
     }
 
 
