@@ -33,7 +33,8 @@ class Generation(NamedTuple):
             [
                 torch.equal(answer[answer >= 0], tokens[: int((answer >= 0).sum())])
                 for tokens, answer in zip(self.tokens, self.answers, strict=True)
-            ]
+            ],
+            device=self.tokens.device,
         )
 
 

@@ -281,13 +281,13 @@ class MimoHeteroStrategy(ParallelStrategy):
     ) -> Tensor | Any:
         if not isinstance(tensor, Tensor) or not dist.is_initialized():
             return tensor
-        reduced = tensor.clone()
+        reduced = tensor.to(self.root_device, copy=True)
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-        operation = (
-            ReduceOp.SUM if mean else getattr(ReduceOp, reduce_op.upper()) if isinstance(reduce_op, str) else reduce_op
-        )
+        operation = ReduceOp.SUM if mean else reduce_op
+        if isinstance(operation, str):
+            operation = getattr(ReduceOp, operation.upper())
         dist.all_reduce(reduced, op=operation, group=group)
-        return reduced / dist.get_world_size(group) if mean else reduced
+        return (reduced / dist.get_world_size(group) if mean else reduced).to(tensor.device)
 
     @override
     def teardown(self) -> None:
