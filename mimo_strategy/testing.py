@@ -71,7 +71,7 @@ def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> Non
         if failed:
             break
         if time.monotonic() > deadline:
-            running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            running = [rank for rank in range(len(processes)) if not (folder / f"result-{rank}").exists()]
             raise RankError(f"ranks {running} of {len(processes)} did not finish within {timeout:g} s")
         time.sleep(0.01)
     died = {
@@ -106,7 +106,10 @@ def _run_rank(
         )
         result = function(*args)
         (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            # gloo connects ranks pair by pair: one that leaves early breaks those that still connect
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)
