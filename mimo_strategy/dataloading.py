@@ -1,5 +1,6 @@
 """Give each rank its share of every step batch of a DataLoader."""
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -114,6 +115,11 @@ def share_dataloader(dataloader: DataLoader, share: StepShare, *, train: bool, s
         num_workers=dataloader.num_workers,
         pin_memory=dataloader.pin_memory,
         timeout=dataloader.timeout,
-        generator=dataloader.generator,
+        generator=dataloader.generator or _generator_of_lane(share.lane),
         **workers,
     )
+
+
+def _generator_of_lane(lane: int) -> torch.Generator:
+    """Where the workers' seeds come from; ranks of one lane may have default generators in different states."""
+    return torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)) + lane)

@@ -4,8 +4,9 @@ Plain Python, so that a wrong layout is refused before any process group exists.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import combinations
 from types import MappingProxyType
 from typing import Self
 
@@ -168,18 +169,18 @@ class Layout:
         return layout
 
     def _check_bridges(self) -> None:
-        language = self.modules[LANGUAGE]
-        encoders = [module for name, module in self.modules.items() if name != LANGUAGE]
-        if encoders and self.placement is Placement.COLOCATED and language.pp > 1:
-            raise LayoutError(
-                f"colocated modules cannot be pipelined: {LANGUAGE} has pp {language.pp} on ranks "
-                f"{_span(language.ranks)}, which the encoders share"
-            )
-        for encoder in encoders:
-            if encoder.dp % language.dp and language.dp % encoder.dp:
+        for module in self.modules.values():
+            if module.pp > 1 and len(self.modules) > 1 and self.placement is Placement.COLOCATED:
                 raise LayoutError(
-                    f"one of the dp sizes must be a multiple of the other: {encoder.name} has dp {encoder.dp}, "
-                    f"{LANGUAGE} has dp {language.dp}"
+                    f"colocated modules cannot be pipelined: {module.name} has pp {module.pp} on ranks "
+                    f"{_span(module.ranks)}, which all modules share"
+                )
+        # of any two, as ranks load the samples of one module and give parts of them to the others
+        for one, other in combinations(self.modules.values(), 2):
+            if one.dp % other.dp and other.dp % one.dp:
+                raise LayoutError(
+                    f"one of the dp sizes must be a multiple of the other: {one.name} has dp {one.dp}, "
+                    f"{other.name} has dp {other.dp}"
                 )
 
     def check_batch(self, batch_size: int, num_microbatches: int) -> None:
@@ -210,6 +211,8 @@ def default_modules(sizes: Mapping[str, ModuleSizes], world_size: int) -> dict[s
 
 
 def _check_names(sizes: Mapping[str, ModuleSizes], modules: Mapping[str, ModuleParallel]) -> None:
+    if LANGUAGE not in sizes:
+        raise LayoutError(f"the model's modules are {sorted(sizes)}, but one must be named {LANGUAGE}")
     missing, unknown = sizes.keys() - modules.keys(), modules.keys() - sizes.keys()
     if missing or unknown:
         raise LayoutError(
@@ -220,12 +223,16 @@ def _check_names(sizes: Mapping[str, ModuleSizes], modules: Mapping[str, ModuleP
 
 
 def _resolve_module(name: str, asked: ModuleParallel, sizes: ModuleSizes, world_size: int) -> ModuleLayout:
-    _check_positive(name, asked)
+    _check_numbers(name, asked)
     model_ranks = asked.tp * asked.cp * asked.pp
     num_ranks = asked.num_ranks
     if num_ranks is None:
         num_ranks = model_ranks * asked.dp if asked.dp else world_size - asked.rank_offset
-    if asked.rank_offset + num_ranks > world_size or num_ranks < 1:
+    if asked.rank_offset >= world_size:
+        raise LayoutError(
+            f"{name}: rank_offset {asked.rank_offset} is beyond the world of {world_size} ranks, 0 to {world_size - 1}"
+        )
+    if asked.rank_offset + num_ranks > world_size:
         raise LayoutError(
             f"{name}: rank_offset {asked.rank_offset} + {num_ranks} ranks "
             f"(tp {asked.tp} x cp {asked.cp} x dp {asked.dp or '?'} x pp {asked.pp}) exceeds the world of "
@@ -251,13 +258,21 @@ def _resolve_module(name: str, asked: ModuleParallel, sizes: ModuleSizes, world_
     return layout
 
 
-def _check_positive(name: str, asked: ModuleParallel) -> None:
-    for factor, value in vars(asked).items():
-        least = 0 if factor == "rank_offset" else 1
-        if value is None and factor in ("dp", "num_ranks"):
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise LayoutError(f"{name}: {factor} must be a whole number of at least {least}, got {value!r}")
+def _check_numbers(name: str, asked: ModuleParallel) -> None:
+    for factor, value in _wrong_numbers(asked).items():
+        raise LayoutError(f"{name}: {factor} must be a whole number of at least {_least(factor)}, got {value!r}")
+
+
+def _wrong_numbers(asked: ModuleParallel) -> dict[str, object]:
+    return {
+        factor: value
+        for factor, value in vars(asked).items()
+        if not (value is None and factor in ("dp", "num_ranks")) and (type(value) is not int or value < _least(factor))
+    }
+
+
+def _least(factor: str) -> int:
+    return 0 if factor == "rank_offset" else 1
 
 
 def _check_sizes(layout: ModuleLayout, sizes: ModuleSizes) -> None:
@@ -298,7 +313,7 @@ def _placement(modules: Mapping[str, ModuleLayout], world_size: int) -> Placemen
 
 def _suggestion(sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> str:
     """A layout that fits, as close to the one asked for as the sizes allow."""
-    asked = {name: modules.get(name, ModuleParallel()) for name in sizes}
+    asked = {name: _with_numbers(modules.get(name, ModuleParallel())) for name in sizes}
     candidates = [_shrunk(sizes, asked, world_size), default_modules(sizes, world_size)]
     for candidate in candidates:
         try:
@@ -307,7 +322,12 @@ def _suggestion(sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapp
             continue
         shown = ", ".join(f'"{name}": {parallel}' for name, parallel in candidate.items())
         return f"A layout that fits {world_size} rank(s): modules={{{shown}}}"
-    return f"No layout of these modules fits {world_size} rank(s)"
+    return f"No layout near this one fits {world_size} rank(s)"
+
+
+def _with_numbers(asked: ModuleParallel) -> ModuleParallel:
+    """What was asked for, with the default in the place of all that is no valid number."""
+    return replace(asked, **{factor: getattr(ModuleParallel, factor) for factor in _wrong_numbers(asked)})
 
 
 def _shrunk(
@@ -319,7 +339,8 @@ def _shrunk(
     shrunk = {}
     for (name, size), (offset, num_ranks) in zip(sizes.items(), spans, strict=True):
         want = asked[name]
-        pp = max(stages for stages in size.pp_stages if stages <= max(want.pp, 1) and num_ranks % stages == 0)
+        stages = [number for number in size.pp_stages if num_ranks % number == 0]
+        pp = min(stages, key=lambda number, want=want: (number > want.pp, abs(number - want.pp)), default=1)
         stage_ranks = num_ranks // pp
         tp = _largest_common_divisor(stage_ranks, *size.tp_divides.values(), at_most=want.tp)
         etp = _largest_common_divisor(stage_ranks, *size.etp_divides.values(), at_most=want.etp)

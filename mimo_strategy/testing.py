@@ -67,19 +67,23 @@ def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> Non
         if failed:
             break
         if time.monotonic() > deadline:
-            running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            running = [rank for rank in range(len(processes)) if not (folder / f"result-{rank}").exists()]
             raise RankError(f"ranks {running} of {len(processes)} did not finish within {timeout:g} s")
         time.sleep(0.01)
-    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-    if errors:
-        raise RankError(f"rank {errors[0].name.removeprefix('error-')} failed first:\n{errors[0].read_text()}")
-    died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
-    if died:
+    died = {
+        rank: process.exitcode
+        for rank, process in enumerate(processes)
+        if process.exitcode and not (folder / f"error-{rank}").exists()
+    }
+    if died:  # before any traceback, as the others then fail for want of this rank
         causes = ", ".join(
             f"rank {rank} by {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
             for rank, code in died.items()
         )
         raise RankError(f"ended without a traceback: {causes}")
+    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        raise RankError(f"rank {errors[0].name.removeprefix('error-')} failed first:\n{errors[0].read_text()}")
 
 
 def _run_rank(
@@ -96,7 +100,10 @@ def _run_rank(
         )
         result = function(*args)
         (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            # gloo connects ranks pair by pair: one that leaves early breaks those that still connect
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)

@@ -1,6 +1,8 @@
 """The process groups of a layout: one grid and one process-group collection per module, made and destroyed here."""
 
+import os
 from collections.abc import Iterable, Mapping
+from unittest import mock
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -74,11 +76,12 @@ class Grid(HyperCommGrid):
 
     def __init__(self, layout: ModuleLayout, process_groups: ProcessGroups) -> None:
         self._process_groups = process_groups
-        super().__init__(
-            [layout.tp, layout.cp, layout.dp, layout.pp],
-            ["tp", "cp", "dp", "pp"],
-            rank_offset=layout.rank_offset,
-        )
+        with _world_size_in_environment():
+            super().__init__(
+                [layout.tp, layout.cp, layout.dp, layout.pp],
+                ["tp", "cp", "dp", "pp"],
+                rank_offset=layout.rank_offset,
+            )
 
     def create_pg(self, dims, *, view=None, **options):
         # Upstream makes a communicator for every name of the same ranks, about twenty per module.
@@ -87,6 +90,11 @@ class Grid(HyperCommGrid):
         key, _, _ = self._canonical_pg_key_and_enum_view(spec, ordered)
         self._pgs[key] = self._process_groups.containing_me(self.get_rank_enum(dims, view=view))
         return self._pgs[key]
+
+
+def _world_size_in_environment():
+    """``HyperCommGrid`` takes WORLD_SIZE from the environment, where a job's launcher may have left another number."""
+    return mock.patch.dict(os.environ, WORLD_SIZE=str(dist.get_world_size()))
 
 
 def build_grid(layout: ModuleLayout, process_groups: ProcessGroups, *, expert_view: bool = True) -> Grid:
@@ -153,6 +161,9 @@ class Topology:
                 vars(self.groups[name]).update(embedding_groups)
         if parallel_state._GLOBAL_MEMORY_BUFFER is None:
             parallel_state._set_global_memory_buffer()
+        if dist.get_backend() == "gloo":
+            # it connects ranks pair by pair: a group destroyed early breaks those that still connect
+            dist.barrier()
 
     @classmethod
     def single_process(cls, sizes: Mapping[str, ModuleSizes]) -> "Topology":

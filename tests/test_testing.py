@@ -1,0 +1,90 @@
+"""What a test learns from ranks that return, raise, die or hang. No rank may outlive the call."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mimo_strategy.testing import RankError, run_on_ranks
+
+
+def test_results_come_in_rank_order():
+    def answer(factor):
+        # the first ranks end last
+        time.sleep(0.1 * (2 - dist.get_rank()))
+        total = torch.tensor(dist.get_rank())
+        dist.all_reduce(total)
+        return dist.get_rank() * factor, total, int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
+
+    assert run_on_ranks(answer, 3, 10) == [(0, 3, 0, "3"), (10, 3, 1, "3"), (20, 3, 2, "3")]
+
+
+def test_ranks_leave_the_environment_of_the_test_as_it_is():
+    before = dict(os.environ)
+    run_on_ranks(lambda: os.environ.update(LEFT="behind"), 2)
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_raises_is_named_and_ends_those_that_wait_for_it(failing):
+    def raise_on_one_rank():
+        dist.barrier()
+        if dist.get_rank() == failing:
+            raise KeyError("no such layer")
+        dist.barrier()
+
+    started = time.monotonic()
+    with pytest.raises(RankError, match=f"^rank {failing} failed first:") as error:
+        run_on_ranks(raise_on_one_rank, 3)
+    assert time.monotonic() - started < 20
+    assert "in raise_on_one_rank" in str(error.value)
+    assert "KeyError: 'no such layer'" in str(error.value)
+
+
+def test_a_rank_that_fails_while_others_compute_ends_them():
+    def raise_or_sleep():
+        if dist.get_rank() == 1:
+            raise ValueError("at once")
+        time.sleep(60)
+
+    started = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 failed first:"):
+        run_on_ranks(raise_or_sleep, 2)
+    assert time.monotonic() - started < 20
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_of_its_rank():
+    with pytest.raises(RankError, match="rank 0 failed first:"):
+        run_on_ranks(lambda: lambda: None, 1)
+
+
+def test_a_killed_rank_is_named_although_others_then_fail_with_a_traceback(monkeypatch):
+    def kill_one_rank():
+        dist.barrier()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()
+
+    # look so rarely that the tracebacks are there at the first look
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(1))
+    with pytest.raises(RankError, match="ended without a traceback: rank 1 by SIGKILL"):
+        run_on_ranks(kill_one_rank, 3)
+
+
+def test_a_hanging_rank_is_named_after_the_timeout():
+    started = time.monotonic()
+    with pytest.raises(RankError, match=r"ranks \[1\] of 2 did not finish within 1 s"):
+        run_on_ranks(lambda: time.sleep(60 * dist.get_rank()), 2, timeout=1)
+    assert time.monotonic() - started < 20
+
+
+def test_a_process_with_torch_distributed_cannot_start_ranks():
+    def start_ranks():
+        run_on_ranks(dist.get_rank, 1)
+
+    with pytest.raises(RankError, match="must not have torch"):
+        run_on_ranks(start_ranks, 1)
