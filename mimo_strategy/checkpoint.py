@@ -1,6 +1,7 @@
 """Checkpoints: directories that every rank writes its shards to, readable by any layout."""
 
 import queue
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ def sharded_state(model: HeteroMimoModel, optimizer: MimoOptimizer | None, *, is
     """This rank's shards of model and optimizer: what to save, or what to load into.
 
     Args:
-        model: the wrapped model.
+        model: the model, wrapped or not; the names of its shards are the same.
         optimizer: ``None`` leaves it out.
         is_loading: whether the shards will be loaded into.
     """
     state = {"model": model.sharded_state_dict(metadata=_METADATA)}
+    for shard in state["model"].values():
+        # Wrappers, whose number depends on the precision, must not show in the names.
+        shard.key = re.sub(r"^(language_model|modality_submodules\.\w+)(\.module)+\.", r"\1.", shard.key)
     if optimizer is not None:
         # Of each part only the tensors. MimoOptimizer would add objects that name the parts, of which there are more
         # with expert parallelism than without.

@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from mimo_strategy.generation import Generation, generate_greedily
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
+from mimo_strategy.runtime.gradients import balance_experts
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
 from mimo_strategy.runtime.runtime import MimoRuntime
@@ -124,7 +125,10 @@ class MimoModule(LightningModule):
         check_encoder_items(batch, self.special_token_ids)
         if self.runtime is not None:
             return self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
-        return self.loss_step(self.forward_step(batch), batch)
+        loss = self.loss_step(self.forward_step(batch), batch)
+        if backward:
+            balance_experts(self.model, self.build_context.topology, loss.count)
+        return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.step_loss(batch, backward=True).mean

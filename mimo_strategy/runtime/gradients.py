@@ -1,8 +1,13 @@
 """Finalize the gradients of every module with one global token count."""
 
 import torch
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.distributed.finalize_model_grads import (
+    _update_router_expert_bias,
+    finalize_model_grads,
+    reset_model_temporary_tensors,
+)
 from megatron.core.models.mimo.model.base import MimoModel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.topology import Topology
@@ -28,3 +33,15 @@ def finalize_gradients(
             [module], num_tokens=None, pg_collection=topology.groups[name], force_all_reduce=force_all_reduce
         )
         module.scale_gradients(scale)
+
+
+def balance_experts(model: MimoModel, topology: Topology, num_tokens: torch.Tensor) -> None:
+    """What schedule and finalization do for experts, between a plain forward and backward pass of a mean loss.
+
+    Their load-balancing losses come as for a sum over ``num_tokens`` tokens, and their biases follow the tokens of
+    the forward pass.
+    """
+    MoEAuxLossAutoScaler.set_loss_scale(num_tokens.float().clamp_min(1).reciprocal())
+    if model.config.moe_router_enable_expert_bias:
+        _update_router_expert_bias([model], model.config, topology.groups[LANGUAGE].tp_dp_cp)
+        reset_model_temporary_tensors(model.config, [model])

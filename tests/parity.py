@@ -1,0 +1,151 @@
+"""A few training steps from given weights under any strategy, and how far two such runs are apart."""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils.data import DataLoader
+
+from datamodules import DigitsDataModule, collate
+from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
+from mimo_strategy.checkpoint import load_shards, save, sharded_state
+from mimo_strategy.module import MimoModule
+from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig
+
+BATCH_SIZE = 24
+PATTERN = "M*E-ME"
+
+# With a larger eps than usual, updates show the size of small gradients and not only their sign.
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, adam_eps=1e-6)
+
+
+def digits(batch_size: int = BATCH_SIZE) -> DigitsDataModule:
+    """Digits whose answers differ in length, so that lanes count different numbers of tokens."""
+    return DigitsDataModule(batch_size, seq_length=24)
+
+
+def vision_language(pattern: str = PATTERN, **changes: Any) -> NemotronVLM:
+    """A tiny model of encoder and language model."""
+    vocabulary = digits().vocabulary
+    return NemotronVLM(
+        RadioConfig.tiny(),
+        MambaMoEConfig.tiny(pattern=pattern, **changes),
+        image_token_id=vocabulary.image_token_id,
+        end_token_id=vocabulary.end_token_id,
+        optimizer=OPTIMIZER,
+    )
+
+
+def text_only(pattern: str = PATTERN, **changes: Any) -> MambaMoE:
+    """A tiny language model alone."""
+    return MambaMoE(MambaMoEConfig.tiny(pattern=pattern, **changes), optimizer=OPTIMIZER)
+
+
+@dataclass
+class Steps:
+    """What one rank saw."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+
+class Recorder(Callback):
+    """Starts from given weights, records every step, and writes the weights at the end."""
+
+    def __init__(self, start: Path | None = None, end: Path | None = None) -> None:
+        self.steps = Steps([], [])
+        self._start, self._end = start, end
+
+    def on_train_start(self, trainer, module):
+        if self._start is not None:
+            load_shards(self._start, module.model, None)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if module.runtime is None:
+            gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+            self.steps.grad_norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.steps.losses.append(trainer.callback_metrics["train_loss"].item())
+        if module.runtime is not None:
+            self.steps.grad_norms.append(trainer.optimizers[0].grad_norm)
+
+    def on_train_end(self, trainer, module):
+        if self._end is not None:
+            save(self._end, sharded_state(module.model, None, is_loading=False), {})
+
+
+def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer:
+    """A quiet Trainer over all ranks of the process group, or alone."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "gradient_clip_val": 1.0,
+        # Lightning would shuffle the training data of a distributed strategy
+        "use_distributed_sampler": False,
+    }
+    devices = dist.get_world_size() if dist.is_initialized() else 1
+    return Trainer(accelerator="cpu", devices=devices, strategy=strategy, **(quiet | settings))
+
+
+def train(
+    make_module: Callable[[], MimoModule],
+    strategy: MimoHeteroStrategy | str,
+    start: Path | None = None,
+    end: Path | None = None,
+    num_steps: int = 3,
+    answered: Sequence[bool] | None = None,
+) -> Steps:
+    """Train on the first digits, in order.
+
+    Args:
+        make_module: builds the model.
+        strategy: "auto" for one plain device.
+        start: weights to start from.
+        end: where to write the weights at the end.
+        num_steps: optimizer steps.
+        answered: by position in the data, whether a sample's answer counts; ``None`` is all.
+    """
+    seed_everything(1, verbose=False)
+    recorder = Recorder(start, end)
+    samples = digits().train_dataset
+    if answered is not None:
+        samples = [
+            samples[index] | {"loss_mask": samples[index]["loss_mask"] * counts}
+            for index, counts in enumerate(answered)
+        ]
+    data = DataLoader(samples, BATCH_SIZE, collate_fn=collate)
+    make_trainer(strategy, max_steps=num_steps, callbacks=[recorder]).fit(make_module(), data)
+    return recorder.steps
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, read by torch alone."""
+    reader = checkpoint.FileSystemReader(directory)
+    weights = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint.load(weights, storage_reader=reader, no_dist=True)
+    return weights
+
+
+def distances(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Norm of the difference of each tensor."""
+    assert left.keys() == right.keys()
+    return {name: (left[name] - right[name]).norm().item() for name in right}
