@@ -165,6 +165,11 @@ class DigitsDataModule(StepDataModule):
         """Id that fills an image's positions."""
         return self.vocabulary.image_token_id
 
+    @property
+    def end_token_id(self) -> int:
+        """Id that ends an answer."""
+        return self.vocabulary.end_token_id
+
 
 def _load_scans() -> tuple[Tensor, list[int]]:
     """The scans, float [1797, 1, 8, 8] with ink from 0 to 16, and their digits."""

@@ -47,7 +47,7 @@ def main() -> None:
         radio,
         MambaMoEConfig.tiny(vocab_size=data.vocab_size),
         image_token_id=data.image_token_id,
-        end_token_id=data.vocabulary.end_token_id,
+        end_token_id=data.end_token_id,
         optimizer=OptimizerConfig(lr=args.lr, weight_decay=0.05, adam_beta2=0.98),
         warmup_steps=50,
     )
@@ -161,7 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--layout", choices=LAYOUTS, default="non_colocated", help="where the modules run")
     parser.add_argument("--name", help="folder under runs/; digits-LAYOUT if not given")
-    parser.add_argument("--epochs", type=int, default=5, help="times that every question is seen")
+    parser.add_argument("--epochs", type=int, default=4, help="times that every question is seen")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many optimizer steps, if not -1")
     parser.add_argument("--batch-size", type=int, default=64, help="samples of an optimizer step, over all ranks")
     parser.add_argument("--microbatches", type=int, default=2, help="microbatches of an optimizer step")
