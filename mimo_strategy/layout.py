@@ -183,6 +183,9 @@ class Layout:
                     f"{other.name} has dp {other.dp}"
                 )
 
+    def __str__(self) -> str:
+        return "\n".join(f"  {module}" for module in self.modules.values())
+
     def check_batch(self, batch_size: int, num_microbatches: int) -> None:
         """Check that a step batch can be cut into microbatches and lanes.
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from mimo_strategy import checkpoint as checkpoints
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher
-from mimo_strategy.layout import Layout, ModuleParallel
+from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
@@ -136,6 +136,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             timeout=self._timeout,
             device_id=None if on_cpu else self.root_device,
         )
+        self._take_over(self.lightning_module)
         if self.topology is None:
             self.topology = Topology(self.layout)
             self.lightning_module.build_context = BuildContext(
@@ -144,6 +145,27 @@ class MimoHeteroStrategy(ParallelStrategy):
                 self.root_device,
                 seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             )
+
+    def _take_over(self, module: MimoModule) -> None:
+        """Go on with a model that was built before, here or under another Trainer; let go of any other model.
+
+        Raises:
+            LayoutError: if it was built for another layout.
+        """
+        runtime = module.runtime
+        built_for = module.build_context.topology.layout if module.model is not None else self.layout
+        if built_for != self.layout or (module.model is not None and runtime is None):
+            raise LayoutError(
+                f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n"
+                "Save a checkpoint, make a new model and load it there."
+            )
+        if self.runtime is not None and self.runtime is not runtime:
+            self.runtime.destroy()
+        self.runtime = runtime
+        self.topology = None
+        if runtime is not None:
+            self.topology = runtime.topology
+            runtime.num_microbatches = self._num_microbatches
 
     # ---- model and optimizer
 

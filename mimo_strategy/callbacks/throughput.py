@@ -3,6 +3,7 @@
 import time
 from typing import Any, override
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mimo_strategy.step_batch import Batch
@@ -12,7 +13,7 @@ class Throughput(Callback):
     """Logs ``tokens/s``: tokens of the step batch, over all lanes, per second of a training step.
 
     A step lasts from the end of the one before it, so that waiting for data counts, and validation does not. The
-    value is the first rank's, on every rank.
+    slowest rank's time counts, on every rank.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,6 @@ class Throughput(Callback):
         if self._step_began is not None:
             share = pl_module.runtime.share
             tokens = batch["input_ids"].numel() * share.num_lanes
-            seconds = trainer.strategy.broadcast(now - self._step_began)
-            pl_module.log("tokens/s", round(tokens / seconds), prog_bar=True, batch_size=1)
+            seconds = trainer.strategy.reduce(torch.tensor(now - self._step_began), reduce_op="max")
+            pl_module.log("tokens/s", round(tokens / seconds.item()), prog_bar=True, batch_size=1)
         self._step_began = time.perf_counter()

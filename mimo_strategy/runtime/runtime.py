@@ -44,8 +44,7 @@ class MimoRuntime:
     ) -> None:
         self.model = model
         self.topology = topology
-        self.share = StepShare(topology.layout, topology.rank, num_microbatches)
-        self._num_microbatches = num_microbatches
+        self.num_microbatches = num_microbatches
         self._ddp_config = ddp_config
         self._dtype = dtype
         self.device = device
@@ -54,6 +53,16 @@ class MimoRuntime:
         wrap_modules(model, topology, ddp_config, dtype)
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches per step; may be changed between steps."""
+        return self._num_microbatches
+
+    @num_microbatches.setter
+    def num_microbatches(self, num_microbatches: int) -> None:
+        self._num_microbatches = num_microbatches
+        self.share = StepShare(self.topology.layout, self.topology.rank, num_microbatches)
 
     def _configure_schedule(self) -> None:
         config = self.model.config
