@@ -83,6 +83,8 @@ class MambaMoEConfig:
                 f"pattern {self.pattern!r} must be made of {' '.join(_LAYER_SYMBOLS)} and |"
                 + (f"; unknown: {' '.join(sorted(unknown))}" if unknown else "")
             )
+        if not all(self.pattern.split("|")):
+            raise ValueError(f"pattern {self.pattern!r} marks a stage without layers")
         for size, divisor in (
             ("num_attention_heads", "num_query_groups"),
             ("mamba_num_heads", "mamba_num_groups"),

@@ -37,8 +37,10 @@ class EncoderPart(LightningModule):
             topology = Topology.single_process({LANGUAGE: self.sizes()})
             groups = topology.groups[LANGUAGE]
             spec = self.spec(topology.layout.modules[LANGUAGE], groups, torch.float32)
-            with ModuleRng(torch.initial_seed() % 2**31, groups).building():
+            rng = ModuleRng(torch.initial_seed() % 2**31, groups)
+            with rng.building():
                 self.model = build_module(spec).to(self.device)
+            rng.activate_in_forward(self.model)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.model is None:
