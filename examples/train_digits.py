@@ -59,7 +59,7 @@ def main() -> None:
         max_steps=args.max_steps,
         gradient_clip_val=1.0,
         limit_val_batches=0,
-        log_every_n_steps=10,
+        log_every_n_steps=1,
         enable_model_summary=False,
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         callbacks=[

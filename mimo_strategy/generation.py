@@ -113,11 +113,16 @@ class _Rows:
             return logits[rows, microbatch["position"]].float()
 
         if self._runtime is None:
-            return pick(self._module(batch), batch).argmax(dim=-1)
+            return self._best(pick(self._module(batch), batch))
         scores = self._runtime.run_outputs(batch, self._module, pick)
         # what ranks before the last stage contribute is not looked at
         lane = self._runtime.share.language_rows(batch["position"])
         if scores:
             tp_group = self._runtime.topology.groups[LANGUAGE].tp
-            lane = gather_from_tensor_model_parallel_region(torch.cat(scores), group=tp_group).argmax(dim=-1)
+            lane = self._best(gather_from_tensor_model_parallel_region(torch.cat(scores), group=tp_group))
         return self._runtime.gather_lanes(lane)
+
+    def _best(self, scores: torch.Tensor) -> torch.Tensor:
+        """The token of the highest score, among those that stand for themselves and not for an encoder's item."""
+        scores[:, list(self._module.special_token_ids.values())] = -torch.inf
+        return scores.argmax(dim=-1)

@@ -223,6 +223,8 @@ def test_a_wrong_layout_is_refused_with_its_numbers_and_one_that_fits(world_size
             {"images": P(dp=4), LANGUAGE: P(tp=2, dp=2, rank_offset=4)},
         ),
         (8, {"images": P(), LANGUAGE: P(tp=8)}, {"images": P(dp=8), LANGUAGE: P(tp=4, dp=2)}),
+        (6, {LANGUAGE: P(pp=4)}, {LANGUAGE: P(dp=3, pp=2)}),
+        (4, {LANGUAGE: P(etp=4, ep=4)}, {LANGUAGE: P(dp=4, etp=4)}),
         (8, {"images": P(tp=2.5), LANGUAGE: P(tp=2, ep=4)}, {"images": P(dp=8), LANGUAGE: P(tp=2, dp=4, ep=4)}),
     ],
     ids=shown,
