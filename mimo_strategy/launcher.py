@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any, override
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
 class CheckingLauncher(_SubprocessScriptLauncher):
-    """Runs ``check(model, *data)`` before any other process starts, so that what cannot work is reported once.
+    """Runs ``check(trainer, model, *data)`` before any other process starts, so that what cannot work is reported once.
 
     ``data`` are the DataLoaders and the LightningDataModule that the Trainer was given.
     """
@@ -18,7 +18,7 @@ class CheckingLauncher(_SubprocessScriptLauncher):
         self._check = check
 
     @override
-    def launch(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         if args and isinstance(args[0], LightningModule):
-            self._check(*args)
-        return super().launch(function, *args, **kwargs)
+            self._check(trainer, *args)
+        return super().launch(function, *args, trainer=trainer, **kwargs)

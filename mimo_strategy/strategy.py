@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -111,8 +111,17 @@ class MimoHeteroStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         self._launcher = CheckingLauncher(self._check, self.cluster_environment, self.num_processes, self.num_nodes)
 
-    def _check(self, model: LightningModule, *data: Any) -> None:
+    def _check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
         """Refuse, before any process is started or group made, what cannot work; sets the layout."""
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but each batch is a whole optimizer "
+                "step already: use a larger batch_size and MimoHeteroStrategy(num_microbatches=...)"
+            )
+        if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            raise ValueError(
+                "gradient_clip_algorithm='value' is not supported: gradients are clipped by their norm over all modules"
+            )
         if not isinstance(model, MimoModule):
             raise TypeError(
                 f"MimoHeteroStrategy trains a mimo_strategy.MimoModule, got {type(model).__name__}; it must tell "

@@ -88,6 +88,7 @@ def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     quiet = {
+        "devices": dist.get_world_size() if dist.is_initialized() else 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -97,8 +98,7 @@ def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer
         # Lightning would shuffle the training data of a distributed strategy
         "use_distributed_sampler": False,
     }
-    devices = dist.get_world_size() if dist.is_initialized() else 1
-    return Trainer(accelerator="cpu", devices=devices, strategy=strategy, **(quiet | settings))
+    return Trainer(accelerator="cpu", strategy=strategy, **(quiet | settings))
 
 
 def train(

@@ -145,15 +145,9 @@ def test_projector(kind):
 @pytest.mark.parametrize(
     ("make", "make_input"),
     [
-        pytest.param(
-            lambda: RadioEncoder(radio_config()), lambda: images(2, radio_config()), id="RadioEncoder"
-        ),
-        pytest.param(
-            lambda: Projector(ProjectorConfig(8, 4)), lambda: torch.randn(2, 3, 8), id="Projector-affine"
-        ),
-        pytest.param(
-            lambda: Projector(ProjectorConfig(8, 4, "mlp")), lambda: torch.randn(2, 3, 8), id="Projector-mlp"
-        ),
+        pytest.param(lambda: RadioEncoder(radio_config()), lambda: images(2, radio_config()), id="RadioEncoder"),
+        pytest.param(lambda: Projector(ProjectorConfig(8, 4)), lambda: torch.randn(2, 3, 8), id="Projector-affine"),
+        pytest.param(lambda: Projector(ProjectorConfig(8, 4, "mlp")), lambda: torch.randn(2, 3, 8), id="Projector-mlp"),
         *(
             pytest.param(
                 lambda pattern=pattern: MambaMoE(MambaMoEConfig.tiny(pattern=pattern)),
@@ -357,9 +351,7 @@ def test_possible_numbers_of_stages(pattern, possible):
             "image_width 2080 exceeds max_image_size 2048",
             id="too-wide",
         ),
-        pytest.param(
-            lambda: ProjectorConfig(4, 4, kind="conv"), "'affine' or 'mlp', got 'conv'", id="projector"
-        ),
+        pytest.param(lambda: ProjectorConfig(4, 4, kind="conv"), "'affine' or 'mlp', got 'conv'", id="projector"),
         pytest.param(lambda: MambaMoEConfig(pattern="MxE?"), "unknown: ? x", id="symbols"),
         pytest.param(lambda: MambaMoEConfig(pattern=""), "must be made of M * - E", id="no-layer"),
         pytest.param(lambda: MambaMoEConfig(pattern="|"), "must be made of M * - E", id="only-a-mark"),

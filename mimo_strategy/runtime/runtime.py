@@ -119,7 +119,7 @@ class MimoRuntime:
             microbatch = next(microbatches)
             return forward(microbatch), partial(megatron_loss, microbatch)
 
-        self._schedule.run(forward_step, self.share.microbatches(batch), forward_only=not backward)
+        self._schedule.run(forward_step, self._microbatches(batch), forward_only=not backward)
         return self._reduced_loss or self._step_loss.reduce()
 
     def run_outputs(self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]) -> list:
@@ -129,7 +129,17 @@ class MimoRuntime:
             microbatch = next(microbatches)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
-        return self._schedule.run(forward_step, self.share.microbatches(batch), forward_only=True, collect_outputs=True)
+        return self._schedule.run(forward_step, self._microbatches(batch), forward_only=True, collect_outputs=True)
+
+    def _microbatches(self, batch: Batch) -> list[Batch]:
+        language = self.model.config
+        length, tp = batch["input_ids"].shape[1], language.tensor_model_parallel_size
+        if language.sequence_parallel and length % tp:
+            raise ValueError(
+                f"sequences of {length} tokens cannot be cut over tp {tp} of {LANGUAGE}; pad them to "
+                f"{(length // tp + 1) * tp}"
+            )
+        return self.share.microbatches(batch)
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
