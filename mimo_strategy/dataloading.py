@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ class ShareSampler(Sampler[list[Any]]):
         share: this rank's share.
         pad_last: fill the last, incomplete step batch by repeating samples, so that each real sample is yielded by
             some rank; otherwise it is dropped. Yields ``(index, is padding)`` pairs instead of indices.
+
+    Attributes:
+        first: step batches to leave out when it is next iterated over.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, share: StepShare, *, pad_last: bool) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
         self.drop_last = not pad_last
+        self.first = 0
         self._positions = share.positions(batch_size)
 
     def __len__(self) -> int:
@@ -34,8 +39,9 @@ class ShareSampler(Sampler[list[Any]]):
         return total // self.batch_size if self.drop_last else -(-total // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Any]]:
+        first, self.first = self.first, 0
         step_batch: list[int] = []
-        for index in self.sampler:
+        for index in islice(self.sampler, first * self.batch_size, None):
             step_batch.append(index)
             if len(step_batch) == self.batch_size:
                 yield self._share(step_batch, num_real=self.batch_size)
@@ -75,6 +81,28 @@ def _collate_marked(collate, marked: list[tuple[Any, bool]]) -> dict[str, Any]:
     return {**collate(list(samples)), "is_padding": torch.tensor(is_padding)}
 
 
+class ShareDataLoader(DataLoader):
+    """Knows how many step batches of an epoch it has served, so that a checkpoint within the epoch can be continued.
+
+    Lightning keeps the state of such a loader. The order must come from the epoch alone, as that of the sampler which
+    Lightning sets does.
+    """
+
+    _num_served = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._num_served = self.batch_sampler.first
+        for batch in super().__iter__():
+            self._num_served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_served": self._num_served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch_sampler.first = state["num_served"] % len(self)
+
+
 def share_dataloader(dataloader: DataLoader, share: StepShare, *, train: bool, seed_workers: bool) -> DataLoader:
     """The loader of this rank's share of what ``dataloader`` would yield in one process.
 
@@ -108,7 +136,7 @@ def share_dataloader(dataloader: DataLoader, share: StepShare, *, train: bool, s
             "multiprocessing_context": dataloader.multiprocessing_context,
             "worker_init_fn": worker_init,
         }
-    return DataLoader(
+    return ShareDataLoader(
         dataloader.dataset if train else _MarksPadding(dataloader.dataset),
         batch_sampler=sampler,
         collate_fn=dataloader.collate_fn if train else partial(_collate_marked, dataloader.collate_fn),

@@ -1,5 +1,6 @@
 """Run a function on several ranks from a test."""
 
+import gc
 import os
 import pickle
 import signal
@@ -89,6 +90,8 @@ def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> Non
 def _run_rank(
     function: Callable[..., Any], args: tuple, rank: int, world_size: int, folder: Path, timeout: float
 ) -> None:
+    # what was imported is never garbage, and to look through it would copy its pages
+    gc.freeze()
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         dist.init_process_group(

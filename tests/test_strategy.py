@@ -105,7 +105,7 @@ def test_each_step_changes_every_weight_and_leaves_its_gradients_to_be_seen(four
 
 def test_fit_validate_test_and_fit_again(four_ranks):
     def run():
-        model, batches = vision_language(), loader(24)
+        model, batches = vision_language("M*E"), loader(16)
         # validation is on the training data
         strategy = MimoHeteroStrategy(four_ranks, num_microbatches=2)
         trainer = make_trainer(strategy, max_steps=3, limit_val_batches=None)
