@@ -283,12 +283,12 @@ def _check_sizes(layout: ModuleLayout, sizes: ModuleSizes) -> None:
         for what, size in divides.items():
             if size % getattr(layout, factor):
                 raise LayoutError(f"{layout.name}: {factor} {getattr(layout, factor)} does not divide {what} {size}")
-    if layout.ep > 1 and (sizes.num_experts == 0 or sizes.num_experts % layout.ep):
-        raise LayoutError(
-            f"{layout.name}: ep {layout.ep} does not divide its {sizes.num_experts} experts"
-            if sizes.num_experts
-            else f"{layout.name}: ep {layout.ep} but the module has no experts"
-        )
+    if not sizes.num_experts:
+        for factor in ("ep", "etp"):
+            if getattr(layout, factor) > 1:
+                raise LayoutError(f"{layout.name}: {factor} {getattr(layout, factor)} but the module has no experts")
+    elif sizes.num_experts % layout.ep:
+        raise LayoutError(f"{layout.name}: ep {layout.ep} does not divide its {sizes.num_experts} experts")
     if layout.pp not in sizes.pp_stages:
         raise LayoutError(
             f"{layout.name}: pp {layout.pp} is not possible; its layers can be cut into "
@@ -346,7 +346,9 @@ def _shrunk(
         pp = min(stages, key=lambda number, want=want: (number > want.pp, abs(number - want.pp)), default=1)
         stage_ranks = num_ranks // pp
         tp = _largest_common_divisor(stage_ranks, *size.tp_divides.values(), at_most=want.tp)
-        etp = _largest_common_divisor(stage_ranks, *size.etp_divides.values(), at_most=want.etp)
+        etp = 1
+        if size.num_experts:
+            etp = _largest_common_divisor(stage_ranks, *size.etp_divides.values(), at_most=want.etp)
         ep = _largest_common_divisor(stage_ranks // etp, size.num_experts, at_most=want.ep)
         shrunk[name] = ModuleParallel(tp=tp, dp=stage_ranks // tp, pp=pp, ep=ep, etp=etp, rank_offset=offset)
     return shrunk

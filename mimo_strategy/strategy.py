@@ -223,7 +223,8 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
-        self.layout.check_batch(dataloader.batch_size, self._num_microbatches)
+        if dataloader.batch_size is not None:
+            self.layout.check_batch(dataloader.batch_size, self._num_microbatches)
         return share_dataloader(
             dataloader,
             StepShare(self.layout, self.global_rank, self._num_microbatches),

@@ -18,13 +18,13 @@ RANKS = range(4)
 DENSE, EXPERT, REPLICATED = ("tp",), ("etp", "ep"), ()
 
 
-def make_model(pattern="M*-ME"):
-    return NemotronVLM(RadioConfig.tiny(), MambaMoEConfig.tiny(pattern=pattern), image_token_id=1, end_token_id=2)
+def make_model():
+    return NemotronVLM(RadioConfig.tiny(), MambaMoEConfig.tiny(), image_token_id=1, end_token_id=2)
 
 
-def build(images, language, **model):
+def build(images, language):
     """The layout, and by rank and name of the random parameters: what shards each, and its values."""
-    description = make_model(**model)
+    description = make_model()
     layout = Layout.resolve(description.module_sizes(), len(RANKS), {"images": images, LANGUAGE: language})
 
     def parameters():
@@ -104,22 +104,41 @@ def test_a_module_is_initialised_alike_beside_any_other():
                 assert second[name] == third[name], name
 
 
-def test_pipeline_stages_are_initialised_differently():
-    layout, ranks = build(P(dp=2), P(pp=2, rank_offset=2), pattern="M*M*")
-    assert layout.modules[LANGUAGE].pp == 2
-    first, last = ranks[2:]
-    in_both = first.keys() & last.keys()
-    assert len(in_both) > 5
-    for name in in_both:
-        assert first[name] != last[name], name
+def draw():
+    with get_cuda_rng_tracker().fork():
+        return torch.rand(4).tolist()
+
+
+def test_pipeline_stages_draw_differently():
+    layout = Layout.resolve({LANGUAGE: ModuleSizes(pp_stages=frozenset({1, 2}))}, 2, {LANGUAGE: P(pp=2)})
+
+    def draws():
+        with ModuleRng(1, Topology(layout).groups[LANGUAGE]).building():
+            return draw(), torch.rand(4).tolist()
+
+    first, last = run_on_ranks(draws, 2)
+    assert len({tuple(drawn) for drawn in first + last}) == 4
+
+
+def test_building_starts_from_the_seed_whatever_was_drawn_before():
+    layout = Layout.resolve({LANGUAGE: ModuleSizes()}, 1)
+
+    def draws():
+        groups = Topology(layout).groups[LANGUAGE]
+        built = []
+        for drawn_before in (3, 5):
+            rng, _ = ModuleRng(2, groups), ModuleRng(1, groups)
+            torch.rand(drawn_before)
+            with rng.building():
+                built.append((draw(), torch.rand(4).tolist()))
+        return built
+
+    ((first, second),) = run_on_ranks(draws, 1)
+    assert first == second
 
 
 def test_modules_draw_from_streams_of_their_own():
     layout = Layout.resolve({LANGUAGE: ModuleSizes()}, 1)
-
-    def draw():
-        with get_cuda_rng_tracker().fork():
-            return torch.rand(4).tolist()
 
     def draws():
         groups = Topology(layout).groups[LANGUAGE]

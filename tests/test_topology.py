@@ -134,6 +134,7 @@ def test_a_grid_without_expert_view_has_no_expert_groups(layout):
         process_groups = ProcessGroups()
         grid = build_grid(layout.modules[LANGUAGE], process_groups, expert_view=False)
         found = {field: ranks_of(group) for field, group in vars(collect_groups(grid)).items()}
+        dist.barrier()
         process_groups.destroy()
         return found
 
