@@ -21,14 +21,21 @@ from mimo_strategy.generation import Generation
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 WORLD_SIZE = 4
+# Two microbatches let encoder and language model of disjoint ranks work at the same time.
 LAYOUTS = {
     "non_colocated": {
-        "images": ModuleParallel(dp=2),
-        "language": ModuleParallel(tp=2, dp=1, ep=2, rank_offset=2),
+        "modules": {
+            "images": ModuleParallel(dp=2),
+            "language": ModuleParallel(tp=2, dp=1, ep=2, rank_offset=2),
+        },
+        "num_microbatches": 2,
     },
     "colocated": {
-        "images": ModuleParallel(dp=4),
-        "language": ModuleParallel(tp=2, dp=2, ep=2),
+        "modules": {
+            "images": ModuleParallel(dp=4),
+            "language": ModuleParallel(tp=2, dp=2, ep=2),
+        },
+        "num_microbatches": 1,
     },
 }
 SHOWN_CAPTIONS = 24
@@ -53,7 +60,7 @@ def main() -> None:
     )
     answers = CollectAnswers()
     trainer = Trainer(
-        strategy=MimoHeteroStrategy(LAYOUTS[args.layout], num_microbatches=args.microbatches),
+        strategy=MimoHeteroStrategy(**LAYOUTS[args.layout]),
         devices=WORLD_SIZE,
         max_epochs=args.epochs,
         max_steps=args.max_steps,
@@ -161,10 +168,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--layout", choices=LAYOUTS, default="non_colocated", help="where the modules run")
     parser.add_argument("--name", help="folder under runs/; digits-LAYOUT if not given")
-    parser.add_argument("--epochs", type=int, default=4, help="times that every question is seen")
+    parser.add_argument("--epochs", type=int, default=3, help="times that every question is seen")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many optimizer steps, if not -1")
     parser.add_argument("--batch-size", type=int, default=64, help="samples of an optimizer step, over all ranks")
-    parser.add_argument("--microbatches", type=int, default=2, help="microbatches of an optimizer step")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and data order")
     return parser.parse_args()
