@@ -184,8 +184,8 @@ class SeesSamples(NemotronVLM):
     [
         pytest.param(4, PLACEMENTS["colocated"], id="fan-in"),
         pytest.param(4, {"images": P(tp=2, dp=2), "language": P(dp=4, ep=2)}, id="fan-out"),
-        pytest.param(3, {"images": P(dp=1), "language": P(dp=2, rank_offset=1)}, id="dp1||dp2"),
-        pytest.param(4, {"images": P(dp=2), "language": P(pp=2, dp=1, rank_offset=2)}, id="dp2||pp2"),
+        pytest.param(3, {"images": P(dp=1), "language": P(dp=2, rank_offset=1)}, id="dp1+dp2"),
+        pytest.param(4, {"images": P(dp=2), "language": P(pp=2, dp=1, rank_offset=2)}, id="dp2+pp2"),
     ],
 )
 def test_every_module_sees_the_same_samples_in_the_same_order(world_size, modules, shuffle):
