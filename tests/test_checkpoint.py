@@ -20,9 +20,9 @@ PATTERN = "M*E-"
 LAYOUTS = {
     "one-rank": (1, None),
     "colocated": (4, {"images": P(dp=4), "language": P(tp=2, dp=2, ep=2)}),
-    "tp4|tp2-etp2-ep2": (4, {"images": P(tp=4), "language": P(tp=2, etp=2, ep=2)}),
-    "dp2||tp2-ep2": (4, {"images": P(dp=2), "language": P(tp=2, dp=1, ep=2, rank_offset=2)}),
-    "dp1||pp2": (3, {"images": P(dp=1), "language": P(pp=2, dp=1, rank_offset=1)}),
+    "tp4/tp2-etp2-ep2": (4, {"images": P(tp=4), "language": P(tp=2, etp=2, ep=2)}),
+    "dp2+tp2-ep2": (4, {"images": P(dp=2), "language": P(tp=2, dp=1, ep=2, rank_offset=2)}),
+    "dp1+pp2": (3, {"images": P(dp=1), "language": P(pp=2, dp=1, rank_offset=1)}),
 }
 
 
