@@ -50,8 +50,7 @@ def build_optimizer(
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
             repaired = mock.patch.object(megatron_optimizer, "DistributedOptimizer", distributed_optimizer_class())
             with repaired, _param_groups_of(topology.groups[name].intra_dist_opt):
-                # The module's own collection, not the one that upstream's get_mimo_optimizer derives from the
-                # grid: that one lacks expt_tp, and counts experts wrongly in the norm where etp differs from tp.
+                # The module's own, complete collection; get_mimo_optimizer derives one that leaves expt_tp out.
                 optimizer = megatron_optimizer.get_megatron_optimizer(
                     config, [module], pg_collection=topology.groups[name], use_gloo_process_groups=False
                 )
