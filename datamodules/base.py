@@ -17,7 +17,8 @@ class StepDataModule(LightningDataModule):
         train_dataset: map-style dataset of training samples.
         val_dataset: map-style dataset of held-out samples; also what testing and prediction read, in order.
         batch_size: samples of the WHOLE optimizer step, over all ranks and microbatches.
-        seed: seed of the training order.
+        seed: seed of the training order, unless Lightning sets a sampler for distributed training: that one follows
+            `seed_everything`.
         num_workers: loader processes per rank.
 
     Raises:

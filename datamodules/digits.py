@@ -103,7 +103,7 @@ class DigitsDataModule(StepDataModule):
         image_size: height and width in pixels.
         tokens_per_image: positions that an image occupies in `input_ids`.
         seq_length: length of `input_ids` in tokens.
-        seed: seed of the training order, which is all that it decides.
+        seed: see `StepDataModule`; it decides nothing but the training order.
         num_workers: loader processes per rank.
 
     Raises:

@@ -115,8 +115,14 @@ def _draw_tokens(axes: Axes, tokens: Curve) -> None:
 def _draw_rates(axes: Axes, rates: Mapping[str, Curve]) -> None:
     # every second module dashed, so that equal rates stay visible on top of one another
     for (name, rate), color, dashes in zip(rates.items(), cycle(HUES), cycle(("-", "--"))):
-        axes.plot(*rate, color=color, linestyle=dashes, linewidth=2, label=name.removeprefix(_LEARNING_RATE))
+        axes.plot(
+            *rate,
+            color=color,
+            linestyle=dashes,
+            linewidth=2,
+            label=name.rpartition("/")[2].removeprefix(_LEARNING_RATE),
+        )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)
     if len(rates) > 1:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper right", handlelength=1.5)
