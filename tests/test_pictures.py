@@ -231,8 +231,8 @@ def test_curves_draw_every_panel(tmp_path: Path) -> None:
     assert roughness < raw_roughness
     assert list(val.get_xdata()) == [49, 99]
     assert [text.get_text() for text in drawn["learning rate"].get_legend().get_texts()] == [
-        "Adam/images",
-        "Adam/language",
+        "images",
+        "language",
     ]
 
 
