@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any, override
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from mimo_strategy.lightning_private import SubprocessScriptLauncher
 
 
-class CheckingLauncher(_SubprocessScriptLauncher):
+class CheckingLauncher(SubprocessScriptLauncher):
     """Runs ``check(trainer, model, *data)`` before any other process starts, so that what cannot work is reported once.
 
     ``data`` are the DataLoaders and the LightningDataModule that the Trainer was given.

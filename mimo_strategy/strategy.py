@@ -10,7 +10,6 @@ from typing import Any, override
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
@@ -27,6 +26,7 @@ from mimo_strategy import checkpoint as checkpoints
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
+from mimo_strategy.lightning_private import init_dist_connection
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
@@ -139,7 +139,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         reset_seed()
         self.set_world_ranks()
         on_cpu = self.root_device.type == "cpu"
-        _init_dist_connection(
+        init_dist_connection(
             self.cluster_environment,
             "gloo" if on_cpu else "nccl",
             timeout=self._timeout,
