@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mimo_strategy.generation import Generation, generate_greedily
-from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
+from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
 from mimo_strategy.runtime.gradients import balance_experts
 from mimo_strategy.runtime.loss import LossOutput
@@ -166,7 +166,7 @@ class MimoModule(LightningModule):
         configs = {name: configs[name] for name in names}
         if self.runtime is not None:
             return ModuleOptimizer(self.runtime.build_optimizer(configs), configs, self.runtime.trainable_parameters())
-        modules = dict(self.model.modality_submodules.items()) | {LANGUAGE: self.model.language_model}
+        modules = self.model.own_modules()
         trainable = {
             name: [pair for pair in modules[name].named_parameters() if pair[1].requires_grad] for name in names
         }

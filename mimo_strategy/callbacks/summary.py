@@ -28,7 +28,7 @@ class ModuleSummary(Callback):
 def count_parameters(runtime: MimoRuntime) -> dict[str, tuple[int, int, int]]:
     """Parameters by module: in total, trainable, and the most on one rank. Collective over the world."""
     layouts = runtime.topology.layout.modules
-    modules = runtime.modules()
+    modules = runtime.model.own_modules()
     shares, sizes = [], []
     for name, layout in layouts.items():
         parameters = list(modules[name].parameters()) if name in modules else []

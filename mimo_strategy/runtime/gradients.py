@@ -6,15 +6,15 @@ from megatron.core.distributed.finalize_model_grads import (
     finalize_model_grads,
     reset_model_temporary_tensors,
 )
-from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from mimo_strategy.layout import LANGUAGE
+from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.topology import Topology
 
 
 def finalize_gradients(
-    model: MimoModel, topology: Topology, num_tokens: torch.Tensor, *, force_all_reduce: bool = False
+    model: HeteroMimoModel, topology: Topology, num_tokens: torch.Tensor, *, force_all_reduce: bool = False
 ) -> None:
     """Sum each module's gradients over its own groups, then divide all of them by ``num_tokens``.
 
@@ -25,17 +25,14 @@ def finalize_gradients(
         force_all_reduce: leave the full sum on every rank, also under the distributed optimizer.
     """
     scale = num_tokens.clamp_min(1).reciprocal()
-    modules = dict(model.modality_submodules.items())
-    if model.language_model is not None:
-        modules[LANGUAGE] = model.language_model
-    for name, module in modules.items():
+    for name, module in model.own_modules().items():
         finalize_model_grads(
             [module], num_tokens=None, pg_collection=topology.groups[name], force_all_reduce=force_all_reduce
         )
         module.scale_gradients(scale)
 
 
-def balance_experts(model: MimoModel, topology: Topology, num_tokens: torch.Tensor) -> None:
+def balance_experts(model: HeteroMimoModel, topology: Topology, num_tokens: torch.Tensor) -> None:
     """What schedule and finalization do for experts, between a plain forward and backward pass of a mean loss.
 
     Their load-balancing losses come as for a sum over ``num_tokens`` tokens, and their biases follow the tokens of

@@ -62,6 +62,11 @@ class HeteroMimoModel(MimoModel):
             with self.rngs[LANGUAGE].building():
                 self.language_model = build_module(self.mimo_config.language_model_spec)
 
+    def own_modules(self) -> dict[str, torch.nn.Module]:
+        """The modules that run on this rank, by name, wrapped if they are."""
+        modules = dict(self.modality_submodules.items())
+        return modules if self.language_model is None else modules | {LANGUAGE: self.language_model}
+
     def _share_tracker(self) -> None:
         """The language model's streams are current, each encoder switches to its own in its forward."""
         for name, submodule in self.modality_submodules.items():

@@ -75,16 +75,11 @@ class MimoRuntime:
         """megatron-core's optimizer of all modules, from settings by module."""
         return build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
 
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """The wrapped modules that run on this rank, by name."""
-        modules = dict(self.model.modality_submodules.items())
-        return modules if self.model.language_model is None else modules | {LANGUAGE: self.model.language_model}
-
     def trainable_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
         """This rank's trainable parameters by module."""
         return {
             name: [parameter for parameter in module.parameters() if parameter.requires_grad]
-            for name, module in self.modules().items()
+            for name, module in self.model.own_modules().items()
         }
 
     def run_step(
