@@ -1,7 +1,7 @@
 """Start the ranks as DDP does, after checking in one process what can be checked."""
 
 from collections.abc import Callable
-from typing import Any, override
+from typing import Any, NoReturn, override
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -18,8 +18,26 @@ class CheckingLauncher(SubprocessScriptLauncher):
         super().__init__(*args)
         self._check = check
 
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return self.num_processes * self.num_nodes == 1
+
     @override
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         if args and isinstance(args[0], LightningModule):
             self._check(trainer, *args)
         return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+def refuse_launcher(start_method: str) -> NoReturn:
+    """Say why ranks are not started by ``start_method``.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"MimoHeteroStrategy does not start ranks from {start_method}: they would inherit CUDA, threads and random "
+        "states of this process, and could not return a model of which each holds another part. Put the Trainer in a "
+        "script and run it by `python`, `torchrun` or `srun`; a notebook can train with devices=1"
+    )

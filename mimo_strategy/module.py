@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from mimo_strategy.batch_checks import check_form
 from mimo_strategy.generation import Generation, generate_greedily
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
@@ -87,6 +88,15 @@ class MimoModule(LightningModule):
             )
         context = self.build_context
         self.model = build_model(self, context.topology, dtype=context.dtype, device=context.device, seed=context.seed)
+
+    def check_batch(self, batch: Any) -> None:
+        """Check what a loader yielded, before it is moved to the device; extend it by what the modules expect.
+
+        Raises:
+            TypeError: for a part of the wrong type.
+            ValueError: for shapes or values that do not fit.
+        """
+        check_form(batch, self.special_token_ids)
 
     def forward(self, batch: Batch, *, labels: torch.Tensor | None = None) -> Any:
         """Run the modules of this rank on one microbatch.

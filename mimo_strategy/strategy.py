@@ -16,17 +16,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.utils.data import DataLoader
 
 from mimo_strategy import checkpoint as checkpoints
+from mimo_strategy.checks import check_arguments, check_data, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
-from mimo_strategy.launcher import CheckingLauncher
+from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
-from mimo_strategy.lightning_private import init_dist_connection
+from mimo_strategy.lightning_private import IS_INTERACTIVE, init_dist_connection
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
@@ -64,13 +65,13 @@ class MimoHeteroStrategy(ParallelStrategy):
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__()
-        if num_microbatches < 1:
-            raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+        check_arguments(modules, num_microbatches, ddp, timeout)
         self._modules = modules
         self._num_microbatches = num_microbatches
         self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
         self._timeout = timeout
         self._num_nodes = 1
+        self._layer_sync = None
         self.layout: Layout | None = None
         self.topology: Topology | None = None
         self.runtime: MimoRuntime | None = None
@@ -109,29 +110,16 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
+        if IS_INTERACTIVE and self.num_processes * self.num_nodes > 1:
+            refuse_launcher("a notebook or interactive session")
         self._launcher = CheckingLauncher(self._check, self.cluster_environment, self.num_processes, self.num_nodes)
 
     def _check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
         """Refuse, before any process is started or group made, what cannot work; sets the layout."""
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but each batch is a whole optimizer "
-                "step already: use a larger batch_size and MimoHeteroStrategy(num_microbatches=...)"
-            )
-        if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            raise ValueError(
-                "gradient_clip_algorithm='value' is not supported: gradients are clipped by their norm over all modules"
-            )
-        if not isinstance(model, MimoModule):
-            raise TypeError(
-                f"MimoHeteroStrategy trains a mimo_strategy.MimoModule, got {type(model).__name__}; it must tell "
-                "of its modules by module_sizes, module_spec and encoder_inputs"
-            )
+        check_trainer(trainer)
+        check_module(model)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
-        for source in data:
-            batch_size = getattr(source, "batch_size", None)
-            if isinstance(batch_size, int):
-                self.layout.check_batch(batch_size, self._num_microbatches)
+        check_data(self.layout, self._num_microbatches, *data)
 
     @override
     def setup_environment(self) -> None:
@@ -231,6 +219,11 @@ class MimoHeteroStrategy(ParallelStrategy):
             train=self.lightning_module.trainer.state.stage is RunningStage.TRAINING,
             seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
         )
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        self.lightning_module.check_batch(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     # ---- checkpoints
 
@@ -335,3 +328,7 @@ StrategyRegistry.register(
     # a package imported twice, once as __main__, must not fail
     override=True,
 )
+for method in ("spawn", "fork", "notebook"):
+    StrategyRegistry.register(
+        f"{MimoHeteroStrategy.strategy_name}_{method}", refuse_launcher, override=True, start_method=method
+    )

@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from mimo_strategy.batch_checks import check_tokens
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.module import MimoModule
 from modules.layer_specs import ACTIVATIONS, hybrid_stack_spec
@@ -244,6 +245,10 @@ class MambaMoE(MimoModule):
 
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         raise ValueError(f"a text-only model has no encoder {name}")
+
+    def check_batch(self, batch: Any) -> None:
+        super().check_batch(batch)
+        check_tokens(batch, self.config.vocab_size, self.config.max_sequence_length)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(self.optimizer_config)

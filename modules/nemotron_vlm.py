@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.optim.lr_scheduler import LambdaLR
 
+from mimo_strategy.batch_checks import check_items, check_tokens
 from mimo_strategy.generation import Generation
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.module import MimoModule
@@ -88,6 +89,18 @@ class NemotronVLM(MimoModule):
 
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         return {"radio": {"images": items}}
+
+    def check_batch(self, batch: Any) -> None:
+        super().check_batch(batch)
+        radio, language = self.encoder.config, self.language.config
+        check_tokens(batch, language.vocab_size, language.max_sequence_length)
+        check_items(
+            batch,
+            IMAGES,
+            shape=(3, radio.image_height, radio.image_width),
+            token_id=self.special_token_ids[IMAGES],
+            tokens_per_item=radio.tokens_per_image,
+        )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.optimizer_config)

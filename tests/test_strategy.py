@@ -343,7 +343,7 @@ def test_ranks_started_by_others_refuse_it_too():
 
 def test_sequences_that_tp_cannot_cut_are_refused_on_every_rank():
     data = MockImageDataModule(
-        image_size=32, tokens_per_image=16, seq_length=25, vocab_size=64, image_token_id=2, batch_size=4
+        image_size=16, tokens_per_image=4, seq_length=25, vocab_size=64, image_token_id=2, batch_size=4
     )
 
     def run():
