@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from mimo_strategy import metrics
 from mimo_strategy.batch_checks import check_form
 from mimo_strategy.generation import Generation, generate_greedily
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
@@ -134,11 +135,34 @@ class MimoModule(LightningModule):
         """
         check_encoder_items(batch, self.special_token_ids)
         if self.runtime is not None:
-            return self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
+            loss = self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
+            self._log_reported(training=backward)
+            return loss
         loss = self.loss_step(self.forward_step(batch), batch)
+        for name, (total, count) in loss.metrics.items():
+            self.log(name, total / count, batch_size=max(1, int(count)))
         if backward:
             balance_experts(self.model, self.build_context.topology, loss.count)
         return loss
+
+    def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
+        """As Lightning's; within :meth:`forward_step` and :meth:`loss_step` the mean over microbatches and lanes.
+
+        Values are weighted by ``batch_size`` there, and every rank logs the same mean when the step is done.
+        """
+        if self.runtime is not None and self.runtime.in_schedule:
+            if args:
+                raise TypeError(f"self.log({name!r}, ...) in a schedule takes its settings by keyword")
+            metrics.collect(self.runtime, self, name, value, settings)
+        else:
+            super().log(name, value, *args, **settings)
+
+    def _log_reported(self, *, training: bool) -> None:
+        logs_parts = training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        for call in metrics.calls(self, self.runtime.reported, parts=logs_parts):
+            # weights matter to the mean of an epoch only; to read one waits for the device
+            weighted = not training or call.settings.get("on_epoch")
+            self.log(call.name, call.value, batch_size=max(1, int(call.batch_size)) if weighted else 1, **call.settings)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.step_loss(batch, backward=True).mean
@@ -153,8 +177,9 @@ class MimoModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if isinstance(optimizer, ModuleOptimizer) and optimizer.grad_norm is not None:
-            self.log("grad_norm", optimizer.grad_norm, batch_size=1)
+        if isinstance(optimizer, ModuleOptimizer):
+            for name, value in optimizer.last_step().items():
+                self.log(name, value, batch_size=1)
 
     def generate(self, batch: Batch, *, end_token_id: int, max_new_tokens: int | None = None) -> Generation:
         """Continue every sample's prompt greedily; see :func:`.generation.generate_greedily`."""
