@@ -133,7 +133,8 @@ def draw(folder: Path, trainer: Trainer, data: DigitsDataModule, answers: Collec
     words = data.vocabulary
     samples = []
     for generation in answers.generations:
-        for tokens, answer, index in zip(*generation, strict=True):
+        shown = (generation.tokens, generation.answers, generation.sample_ids)
+        for tokens, answer, index in zip(*shown, strict=True):
             item = data.val_dataset[int(index)]
             prompt = item["input_ids"][: item["prompt_length"]]
             samples.append(

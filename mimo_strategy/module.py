@@ -13,9 +13,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mimo_strategy import metrics
 from mimo_strategy.batch_checks import check_form
-from mimo_strategy.generation import Generation, generate_greedily
+from mimo_strategy.generation import Generation, generate
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
+from mimo_strategy.prediction import Prediction, predict_own
 from mimo_strategy.runtime.gradients import balance_experts
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
@@ -181,9 +182,19 @@ class MimoModule(LightningModule):
             for name, value in optimizer.last_step().items():
                 self.log(name, value, batch_size=1)
 
-    def generate(self, batch: Batch, *, end_token_id: int, max_new_tokens: int | None = None) -> Generation:
-        """Continue every sample's prompt greedily; see :func:`.generation.generate_greedily`."""
-        return generate_greedily(self, batch, end_token_id=end_token_id, max_new_tokens=max_new_tokens)
+    def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:
+        """Continue every sample's prompt; see :func:`.generation.generate` for ``settings``."""
+        return generate(self, batch, end_token_id=end_token_id, **settings)
+
+    def predict(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Prediction:
+        """Continue every sample's prompt and return this rank's part, for ``predict_step``.
+
+        It is decoded by the ``vocabulary`` or ``tokenizer`` of the Trainer's datamodule, if that has one.
+        """
+        generation = self.generate(batch, end_token_id=end_token_id, **settings)
+        datamodule = self.trainer.datamodule
+        decoder = getattr(datamodule, "vocabulary", getattr(datamodule, "tokenizer", None))
+        return predict_own(generation, self.trainer.global_rank, self.trainer.world_size, decoder)
 
     def make_optimizer(self, config: OptimizerConfig | Mapping[str, OptimizerConfig]) -> torch.optim.Optimizer:
         """Make the optimizer for ``configure_optimizers``, one parameter group per module, named after it.

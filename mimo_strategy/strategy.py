@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, override
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
@@ -20,8 +22,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 from torch.distributed import ReduceOp
-from torch.utils.data import DataLoader
 
+from mimo_strategy import agreement
 from mimo_strategy import checkpoint as checkpoints
 from mimo_strategy.checks import check_arguments, check_data, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
@@ -133,6 +135,9 @@ class MimoHeteroStrategy(ParallelStrategy):
             timeout=self._timeout,
             device_id=None if on_cpu else self.root_device,
         )
+        agreement.on_equal("layout", f"\n{self.layout}")
+        agreement.on_equal("number of microbatches", self._num_microbatches)
+        agreement.on_equal("precision", self.precision_plugin.precision)
         self._take_over(self.lightning_module)
         if self.topology is None:
             self.topology = Topology(self.layout)
@@ -210,15 +215,19 @@ class MimoHeteroStrategy(ParallelStrategy):
         return {"num_replicas": 1, "rank": 0}
 
     @override
-    def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
-        if dataloader.batch_size is not None:
-            self.layout.check_batch(dataloader.batch_size, self._num_microbatches)
-        return share_dataloader(
+    def process_dataloader(self, dataloader: Any) -> Any:
+        stage = self.lightning_module.trainer.state.stage
+        shared = share_dataloader(
             dataloader,
             StepShare(self.layout, self.global_rank, self._num_microbatches),
-            train=self.lightning_module.trainer.state.stage is RunningStage.TRAINING,
+            train=stage is RunningStage.TRAINING,
             seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
+            check=partial(self.layout.check_batch, num_microbatches=self._num_microbatches),
+            agree=agreement.on_next_batch,
+            predicts=(self.global_rank, self.world_size) if stage is RunningStage.PREDICTING else None,
         )
+        agreement.on_equal(f"number of step batches of the {stage.value} loader", sized_len(shared))
+        return shared
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
