@@ -192,8 +192,7 @@ class StepLoader:
         while True:
             # Lightning fetches one batch ahead, so what is saved is from before the fetch
             self._saved = self._state(served)
-            batch = next(batches, None)
-            share = None if batch is None else self._take(batch)
+            share = next((share for share in map(self._take, batches) if share is not None), None)
             self._agree(share is not None, served)
             if share is None:
                 self._saved = self._state(0)
