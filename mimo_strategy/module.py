@@ -100,6 +100,15 @@ class MimoModule(LightningModule):
         """
         check_form(batch, self.special_token_ids)
 
+    def forward_flops(self, name: str, batch: Batch) -> float:
+        """Floating-point operations of a module's forward pass over a batch, on one device; optional.
+
+        Args:
+            name: one of :meth:`module_sizes`.
+            batch: of any number of samples; only its shapes may be read, its values may be on a busy device.
+        """
+        return 0.0
+
     def forward(self, batch: Batch, *, labels: torch.Tensor | None = None) -> Any:
         """Run the modules of this rank on one microbatch.
 

@@ -25,6 +25,7 @@ from torch.distributed import ReduceOp
 
 from mimo_strategy import agreement
 from mimo_strategy import checkpoint as checkpoints
+from mimo_strategy.callbacks.summary import show_all_modules
 from mimo_strategy.checks import check_arguments, check_data, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
@@ -199,6 +200,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             module.runtime = self.runtime
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            show_all_modules(trainer.callbacks)
         self.setup_precision_plugin()
 
     @override

@@ -101,6 +101,13 @@ class NemotronVLM(MimoModule):
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         return {"radio": {"images": items}}
 
+    def forward_flops(self, name: str, batch: Batch) -> float:
+        if name == LANGUAGE:
+            return self.language.forward_flops(name, batch)
+        num_images = len(batch.get(IMAGES, ()))
+        tokens = num_images * self.encoder.config.tokens_per_image
+        return self.encoder.forward_flops(num_images) + self.projector.forward_flops(tokens)
+
     def check_batch(self, batch: Any) -> None:
         super().check_batch(batch)
         radio, language = self.encoder.config, self.language.config
