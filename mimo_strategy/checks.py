@@ -46,7 +46,7 @@ _DDP_SETTINGS = {
 }
 
 
-def check_arguments(modules: Any, num_microbatches: Any, ddp: Any, timeout: Any) -> None:
+def check_arguments(modules: Any, num_microbatches: Any, ddp: Any, timeout: Any, watchdog: Any) -> None:
     """Check the arguments of the strategy.
 
     Raises:
@@ -63,6 +63,8 @@ def check_arguments(modules: Any, num_microbatches: Any, ddp: Any, timeout: Any)
         if not isinstance(parallel, ModuleParallel):
             raise TypeError(f"the layout of {name!r} must be a ModuleParallel, got {parallel!r}")
     _check_time("timeout", timeout)
+    if watchdog is not None:
+        _check_time("watchdog", watchdog)
     if ddp is None:
         return
     if not isinstance(ddp, DistributedDataParallelConfig):

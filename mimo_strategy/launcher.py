@@ -5,6 +5,7 @@ from typing import Any, NoReturn, override
 
 from lightning.pytorch import LightningModule, Trainer
 
+from mimo_strategy.failures import print_causes_once
 from mimo_strategy.lightning_private import SubprocessScriptLauncher
 
 
@@ -27,7 +28,14 @@ class CheckingLauncher(SubprocessScriptLauncher):
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         if args and isinstance(args[0], LightningModule):
             self._check(trainer, *args)
+            if self.cluster_environment.creates_processes_externally:
+                print_causes_once()
         return super().launch(function, *args, trainer=trainer, **kwargs)
+
+    @override
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        print_causes_once(self.procs)
 
 
 def refuse_launcher(start_method: str) -> NoReturn:

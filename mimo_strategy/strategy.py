@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -34,9 +35,11 @@ from mimo_strategy.lightning_private import IS_INTERACTIVE, init_dist_connection
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
-from mimo_strategy.runtime.runtime import MimoRuntime
+from mimo_strategy.preemption import Preemption
+from mimo_strategy.runtime.runtime import MimoRuntime, release_abandoned
 from mimo_strategy.step_batch import StepShare
 from mimo_strategy.topology import Topology
+from mimo_strategy.watchdog import Watchdog
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -53,6 +56,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         num_microbatches: microbatches per step.
         ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module.
         timeout: for collectives; a rank that waits longer raises.
+        watchdog: after this time without progress, print which step, collective and ranks the run waits for;
+            ``None`` never does.
 
     Raises:
         LayoutError: from ``Trainer.fit`` and the like, before any process group exists, if the layout does not fit.
@@ -66,13 +71,16 @@ class MimoHeteroStrategy(ParallelStrategy):
         num_microbatches: int = 1,
         ddp: DistributedDataParallelConfig | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        watchdog: timedelta | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(modules, num_microbatches, ddp, timeout)
+        check_arguments(modules, num_microbatches, ddp, timeout, watchdog)
         self._modules = modules
         self._num_microbatches = num_microbatches
         self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
         self._timeout = timeout
+        self._patience = watchdog
+        self._watchdog: Watchdog | None = None
         self._num_nodes = 1
         self._layer_sync = None
         self.layout: Layout | None = None
@@ -139,6 +147,9 @@ class MimoHeteroStrategy(ParallelStrategy):
         agreement.on_equal("layout", f"\n{self.layout}")
         agreement.on_equal("number of microbatches", self._num_microbatches)
         agreement.on_equal("precision", self.precision_plugin.precision)
+        if self._patience is not None:
+            self._watchdog = Watchdog(self._patience)
+            self._watchdog.start()
         self._take_over(self.lightning_module)
         if self.topology is None:
             self.topology = Topology(self.layout)
@@ -162,10 +173,9 @@ class MimoHeteroStrategy(ParallelStrategy):
                 f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n"
                 "Save a checkpoint, make a new model and load it there."
             )
-        if self.runtime is not None and self.runtime is not runtime:
-            self.runtime.destroy()
         self.runtime = runtime
         self.topology = None
+        release_abandoned()
         if runtime is not None:
             self.topology = runtime.topology
             runtime.num_microbatches = self._num_microbatches
@@ -201,6 +211,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             show_all_modules(trainer.callbacks)
+            if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
+                trainer.callbacks.insert(0, Preemption())
         self.setup_precision_plugin()
 
     @override
@@ -296,6 +308,39 @@ class MimoHeteroStrategy(ParallelStrategy):
         if self.is_global_zero:
             shutil.rmtree(filepath)
 
+    # ---- steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter("training", self.lightning_module.trainer.global_step)
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating("validation", *args):
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating("test", *args):
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating("prediction", *args):
+            return super().predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self, phase: str, batch: Any, batch_idx: int = 0, *_: Any) -> Iterator[None]:
+        self._enter(phase, batch_idx)
+        # tensors that modules keep would be useless to a later fit
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def _enter(self, phase: str, step: int) -> None:
+        if self._watchdog is not None:
+            self._watchdog.enter(step, phase)
+
     # ---- collectives
 
     @override
@@ -328,6 +373,9 @@ class MimoHeteroStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         """Keeps model and groups for the Trainer's next call; moving the model would break its flat buffers."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
         self.precision_plugin.teardown()
         self.accelerator.teardown()
 

@@ -1,5 +1,7 @@
 """Run training, evaluation and generation steps of a model of several modules."""
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -16,10 +18,23 @@ from mimo_strategy.runtime.gradients import finalize_gradients
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.optimizer import build_optimizer
-from mimo_strategy.runtime.schedule import Schedule
+from mimo_strategy.runtime.schedule import Schedule, release_unused_bridges
 from mimo_strategy.runtime.step_sums import Reported, StepSums
 from mimo_strategy.step_batch import Batch, StepShare, gather_lanes
 from mimo_strategy.topology import Topology
+
+_alive: "weakref.WeakSet[MimoRuntime]" = weakref.WeakSet()
+# what holds groups of models that were collected
+_abandoned: list[Any] = []
+
+
+def release_abandoned() -> None:
+    """Destroy the process groups of models that nobody can reach any more; called where ranks are in step."""
+    if _alive or _abandoned:
+        gc.collect()
+    while _abandoned:
+        _abandoned.pop().destroy()
+    release_unused_bridges()
 
 
 class MimoRuntime:
@@ -67,6 +82,10 @@ class MimoRuntime:
             )
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
+        _alive.add(self)
+        groups = (topology, *model.colocated_comms.values())
+        self._abandon = weakref.finalize(model, _abandoned.extend, groups)
+        self._abandon.atexit = False
 
     @property
     def num_microbatches(self) -> int:
@@ -181,6 +200,8 @@ class MimoRuntime:
 
     def destroy(self) -> None:
         """Destroy every process group; the runtime cannot be used afterwards."""
+        self._abandon.detach()
+        _alive.discard(self)
         self._schedule.destroy()
         self.model.destroy()
         self.topology.destroy()
