@@ -53,7 +53,7 @@ class FailureReport:
             error.add_note("\n".join(killed))
         cause = f"{traceback.format_exception_only(error)[0].strip()}"
         try:
-            store = _get_default_store().clone()
+            store = _get_default_store()
             if lost_connection and not killed:
                 _wait_for(store)
             claimed = store.compare_set(_FAILED, "", f"{dist.get_rank()} {cause}").decode()

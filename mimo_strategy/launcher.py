@@ -27,6 +27,7 @@ class CheckingLauncher(SubprocessScriptLauncher):
     @override
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         if args and isinstance(args[0], LightningModule):
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
             self._check(trainer, *args)
             if self.cluster_environment.creates_processes_externally:
                 print_causes_once()

@@ -212,7 +212,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             self.setup_optimizers(trainer)
             show_all_modules(trainer.callbacks)
             if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
-                trainer.callbacks.insert(0, Preemption())
+                trainer.callbacks.append(Preemption())
         self.setup_precision_plugin()
 
     @override

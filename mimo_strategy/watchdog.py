@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 _PIPELINE = "megatron/core/pipeline_parallel/"
+_STUCK = "mimo_strategy/stuck/"
 _SECONDS_TO_REPORT = 2.0
 
 
@@ -22,7 +23,7 @@ class Where:
     """Where a rank is.
 
     Attributes:
-        step: of training, or number of the batch elsewhere.
+        step: of training, or number of the batch elsewhere, that it entered last.
         phase: the verb that it runs.
         collective: function that communicates, ``None`` outside of any.
         ranks: global ranks that take part in it.
@@ -70,23 +71,24 @@ class Watchdog(threading.Thread):
         seen, since, told = self._progress, time.monotonic(), False
         while not self._stopped.wait(min(self._patience / 4, 1.0)):
             if self._progress != seen:
+                if told:
+                    self._store.delete_key(f"{_STUCK}{self._rank}")
                 seen, since, told = self._progress, time.monotonic(), False
             elif not told and time.monotonic() - since > self._patience:
                 told = True
                 self._tell(*seen)
 
     def _tell(self, step: int, phase: str) -> None:
-        prefix = f"mimo_strategy/stuck/{phase}/{step}/"
         own = locate(sys._current_frames()[self._watched], step, phase)
-        self._store.set(f"{prefix}{self._rank}", json.dumps(asdict(own)))
+        self._store.set(f"{_STUCK}{self._rank}", json.dumps(asdict(own)))
         # ranks look at different times
-        self._stopped.wait(min(self._patience / 2, 10.0) + _SECONDS_TO_REPORT)
+        self._stopped.wait(self._patience + _SECONDS_TO_REPORT)
         ranks = {
-            rank: Where(**json.loads(self._store.get(f"{prefix}{rank}")))
+            rank: Where(**json.loads(self._store.get(f"{_STUCK}{rank}")))
             for rank in range(self._world_size)
-            if self._store.check([f"{prefix}{rank}"])
+            if self._store.check([f"{_STUCK}{rank}"])
         }
-        if self._rank == min(ranks):
+        if ranks and self._rank == min(ranks):
             print(describe(ranks, self._world_size, self._patience), file=sys.stderr, flush=True)
 
 
@@ -115,16 +117,16 @@ def describe(ranks: dict[int, Where], world_size: int, patience: float) -> str:
         world_size: number of ranks.
         patience: seconds without progress.
     """
-    first = ranks[min(ranks)]
     places: dict[str, list[int]] = {}
     for rank, where in ranks.items():
-        place = where.line or "no line of Python"
+        place = f"{where.phase} step {where.step}, "
         if where.collective is not None:
-            place = f"in {where.collective} of ranks {_listed(where.ranks)}, {place}"
+            place += f"in {where.collective} of ranks {_listed(where.ranks)}, "
+        place += where.line
         places.setdefault(place, []).append(rank)
     absent = [rank for rank in range(world_size) if rank not in ranks]
     if absent:
-        places["at another step, or ended"] = absent
+        places["going on, or ended"] = absent
     outside = [rank for rank, where in ranks.items() if where.collective is None] + absent
     if not outside:
         # all communicate, but not all in the same collective: most wait for the few
@@ -132,7 +134,7 @@ def describe(ranks: dict[int, Where], world_size: int, patience: float) -> str:
         for rank, where in ranks.items():
             by_call.setdefault(f"{where.collective} {where.ranks}", []).append(rank)
         outside = min(by_call.values(), key=len) if len(by_call) > 1 else []
-    lines = [f"no progress for {patience:g} s in {first.phase}, step {first.step}:"]
+    lines = [f"no progress for {patience:g} s:"]
     lines += [f"  rank(s) {_listed(members)}: {place}" for place, members in places.items()]
     lines.append(f"  waiting for rank(s) {_listed(sorted(outside)) or 'unknown'}")
     return "\n".join(lines)
