@@ -305,7 +305,8 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        if self.is_global_zero:
+        # a callback may not have written what it wants to remove
+        if self.is_global_zero and Path(filepath).exists():
             shutil.rmtree(filepath)
 
     # ---- steps

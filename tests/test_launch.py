@@ -243,7 +243,7 @@ def slurm(port: str, folder: Path) -> list[tuple[list[Any], dict[str, str]]]:
 def test_slurm_requeues_a_job_that_one_rank_is_told_to_end(port, tmp_path):
     case = {"folder": str(tmp_path), "steps": 4}
     first = run(*slurm(port, tmp_path), **case, rank=1, how="gets SIGUSR1")
-    assert first.codes == [0, 0], first.output
+    assert first.codes == [0, 0], "\n".join(first.output)
     assert (tmp_path / "scontrol.log").read_text() == "requeue 4711\n"
     assert (tmp_path / "hpc_ckpt_1.ckpt" / ".metadata").is_file()
     # the signal came in the second step, after which both saved
@@ -262,8 +262,6 @@ def test_a_rank_that_is_told_to_terminate_ends_all_and_all_save(port, tmp_path):
         assert "trained" not in output
         assert "step 2 loss" in output
         assert "step 3 loss" not in output
-        assert "SIGTERMException" in output
-    assert all(code != 0 for code in ended.codes)
     assert ended.since_failure < SECONDS_TO_END
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["on_exception.ckpt"]
     assert (tmp_path / "on_exception.ckpt" / ".metadata").is_file()
