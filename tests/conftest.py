@@ -6,9 +6,53 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
 import mimo_strategy  # noqa: F401
+from mimo_strategy.testing import run_on_ranks
+
+# GPUs would otherwise multiply in TF32, of 10 bits. The first is read by cuBLAS and cuDNN, so also for Transformer
+# Engine, the second by the Triton kernels of mamba_ssm.
+FULL_FLOAT32 = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--accelerator",
+        choices=["cpu", "gpu"],
+        default="cpu",
+        help="gpu runs the tests that use the fixture on_ranks, and only these, on GPUs with NCCL",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("accelerator") == "gpu":
+        os.environ.update(FULL_FLOAT32)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("accelerator") == "gpu":
+        for item in items:
+            if "on_ranks" not in item.fixturenames:
+                item.add_marker(pytest.mark.skip(reason="runs its ranks on CPUs only"))
+
+
+@pytest.fixture(scope="session")
+def accelerator(pytestconfig):
+    return pytestconfig.getoption("accelerator")
+
+
+@pytest.fixture(scope="session")
+def on_ranks(accelerator):
+    """``run_on_ranks`` on the accelerator of this run; skips the test where there are too few GPUs."""
+
+    def run(function, world_size, *args, **options):
+        if accelerator == "gpu" and torch.cuda.device_count() < world_size:
+            pytest.skip(f"needs {world_size} GPUs, this machine has {torch.cuda.device_count()}")
+        return run_on_ranks(function, world_size, *args, accelerator=accelerator, **options)
+
+    return run
 
 
 @pytest.fixture(autouse=True)
