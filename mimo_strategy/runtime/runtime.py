@@ -50,6 +50,7 @@ class MimoRuntime:
         self.device = device
         self._step_loss = StepLoss(topology, device)
         self._reduced_loss: LossOutput | None = None
+        self._parameters_may_be_stale = False
         wrap_modules(model, topology, ddp_config, dtype)
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
@@ -104,6 +105,11 @@ class MimoRuntime:
         self._reduced_loss = None
         if backward:
             self.model.zero_grad_buffer()
+            # FP32Optimizer makes main_grad a parameter's grad: the next backward would add to it twice
+            self.model.zero_grad()
+            self._parameters_may_be_stale = self._ddp_config.overlap_param_gather
+        else:
+            self.gather_parameters()
 
         def megatron_loss(microbatch, output):
             result = loss(output, microbatch)
@@ -124,7 +130,19 @@ class MimoRuntime:
             microbatch = next(microbatches)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
+        self.gather_parameters()
         return self._schedule.run(forward_step, self._microbatches(batch), forward_only=True, collect_outputs=True)
+
+    def gather_parameters(self) -> None:
+        """Bring this rank's parameters up to date after an optimizer step.
+
+        With ``overlap_param_gather`` only the forward of the next training step gathers what other ranks updated;
+        whatever else reads the parameters must ask for it.
+        """
+        if self._parameters_may_be_stale:
+            for module in self.model.own_modules().values():
+                module.start_param_sync(force_sync=True)
+            self._parameters_may_be_stale = False
 
     def _microbatches(self, batch: Batch) -> list[Batch]:
         language = self.model.config

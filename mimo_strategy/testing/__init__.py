@@ -1,5 +1,7 @@
-"""For tests on many ranks: run a function on each of them."""
+"""Run a function on many ranks from a test, and prove that a model trains alike on them and on one process."""
 
-from mimo_strategy.testing.ranks import Accelerator, RankError, run_on_ranks
+from mimo_strategy.testing.parity import Reference, Step
+from mimo_strategy.testing.ranks import RankError, run_on_ranks
+from mimo_strategy.testing.report import Comparison, Deviation, Tolerances
 
-__all__ = ["Accelerator", "RankError", "run_on_ranks"]
+__all__ = ["Comparison", "Deviation", "RankError", "Reference", "Step", "Tolerances", "run_on_ranks"]
