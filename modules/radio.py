@@ -32,6 +32,7 @@ class RadioConfig:
         class_tokens: tokens in front of the patches, dropped from the output.
         max_image_size: side, in pixels, of the largest image that the position embeddings cover.
         random_position_crops: in training, take position embeddings from a random crop of their table.
+        recompute_layers: keep each layer's input only, and compute the layer again in the backward pass.
 
     Raises:
         ValueError: if the image cannot be cut into patches and shuffled.
@@ -48,6 +49,7 @@ class RadioConfig:
     class_tokens: int = 8
     max_image_size: int = 2048
     random_position_crops: bool = False
+    recompute_layers: bool = False
 
     def __post_init__(self) -> None:
         unit = self.patch_size * self.pixel_shuffle
@@ -112,6 +114,7 @@ class RadioEncoder(EncoderPart):
         config = transformer_config(
             layout,
             dtype,
+            recompute_layers=self.config.recompute_layers,
             num_layers=self.config.num_layers,
             hidden_size=self.config.hidden_size,
             num_attention_heads=self.config.num_attention_heads,
