@@ -22,8 +22,9 @@ def pytest_addoption(parser):
         "--accelerator",
         choices=["cpu", "gpu"],
         default="cpu",
-        help="gpu runs the tests that use the fixture on_ranks, and only these, on GPUs with NCCL",
+        help="gpu runs the tests that ask for the accelerator, and only these, on GPUs with NCCL",
     )
+    parser.addoption("--write-proof", metavar="FILE", help="write a table of all comparisons with one process")
 
 
 def pytest_configure(config):
@@ -34,7 +35,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("accelerator") == "gpu":
         for item in items:
-            if "on_ranks" not in item.fixturenames:
+            if "accelerator" not in item.fixturenames:
                 item.add_marker(pytest.mark.skip(reason="runs its ranks on CPUs only"))
 
 
