@@ -77,6 +77,24 @@ class MimoModule(LightningModule):
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         """The keyword arguments of an encoder's forward, by the encoder's name in its spec."""
 
+    def tokens_per_item(self, name: str) -> int | None:
+        """Tokens that every item of an encoder becomes, so that wrong batches are refused before a step.
+
+        ``None``, the default, if items differ: a step then fails in the forward of the encoder.
+        """
+        return None
+
+    def blank_items(self, name: str, items: torch.Tensor) -> torch.Tensor:
+        """One item to run an encoder on in a microbatch that has none, where others wait for its lane.
+
+        What it becomes is dropped, and its gradient is zero. By default it is all zeros.
+
+        Args:
+            name: the encoder's name.
+            items: the microbatch's, of which there are 0.
+        """
+        return items.new_zeros((1, *items.shape[1:]))
+
     def configure_model(self) -> None:
         """Build the modules of this rank, once."""
         if self.model is not None:
@@ -95,12 +113,14 @@ class MimoModule(LightningModule):
             Per-token losses ``[samples, sequence]`` if ``labels`` are given, otherwise logits; on ranks of other
             stages what the next stage takes.
         """
-        encoders = [name for name in self.special_token_ids if name in batch]
+        items = {name: batch[name] for name in self.model.modality_submodules}
+        blank = {name: self.blank_items(name, empty) for name, empty in items.items() if len(empty) == 0}
         output, _ = self.model(
-            input_ids=batch["input_ids"],
+            batch["input_ids"],
             position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(batch["input_ids"]),
             labels=labels,
-            modality_inputs={name: self.encoder_inputs(name, batch[name]) for name in encoders if len(batch[name])},
+            modality_inputs={name: self.encoder_inputs(name, inputs) for name, inputs in (items | blank).items()},
+            blank=blank,
         )
         return output
 
@@ -122,7 +142,7 @@ class MimoModule(LightningModule):
             batch: what the loader yielded on this rank.
             backward: under ``MimoHeteroStrategy``, compute the gradients too. On one device Lightning does.
         """
-        check_encoder_items(batch, self.special_token_ids)
+        check_encoder_items(batch, self.special_token_ids, self.tokens_per_item)
         if self.runtime is not None:
             return self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
         loss = self.loss_step(self.forward_step(batch), batch)

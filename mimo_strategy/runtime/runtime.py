@@ -117,7 +117,7 @@ class MimoRuntime:
             return result.sum, result.count.int(), {}
 
         def forward_step(microbatches, model):
-            microbatch = next(microbatches)
+            microbatch, model.bridge_parts = next(microbatches)
             return forward(microbatch), partial(megatron_loss, microbatch)
 
         self._schedule.run(forward_step, self._microbatches(batch), forward_only=not backward)
@@ -127,7 +127,7 @@ class MimoRuntime:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
 
         def forward_step(microbatches, model):
-            microbatch = next(microbatches)
+            microbatch, model.bridge_parts = next(microbatches)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
         self.gather_parameters()
@@ -144,7 +144,7 @@ class MimoRuntime:
                 module.start_param_sync(force_sync=True)
             self._parameters_may_be_stale = False
 
-    def _microbatches(self, batch: Batch) -> list[Batch]:
+    def _microbatches(self, batch: Batch) -> list[tuple[Batch, dict[str, list[int]]]]:
         language = self.model.config
         length, tp = batch["input_ids"].shape[1], language.tensor_model_parallel_size
         if language.sequence_parallel and length % tp:
@@ -152,7 +152,8 @@ class MimoRuntime:
                 f"sequences of {length} tokens cannot be cut over tp {tp} of {LANGUAGE}; pad them to "
                 f"{(length // tp + 1) * tp}"
             )
-        return self.share.microbatches(batch)
+        microbatches = self.share.microbatches(batch)
+        return list(zip(microbatches, self.share.bridge_parts(batch, self.model.special_token_ids), strict=True))
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
