@@ -55,8 +55,9 @@ def one_process() -> Reference:
     loss.backward()
     weights = [shard._replace(tensor=shard.tensor.detach()) for shard in shards(model, topology)]
     gradients = [shard._replace(tensor=shard.tensor.grad) for shard in shards(model, topology)]
+    reference = Reference(loss.item(), assemble(weights), assemble(gradients))
     topology.destroy()
-    return Reference(loss.item(), assemble(weights), assemble(gradients))
+    return reference
 
 
 def on_layout(parallel: ModuleParallel, weights: dict[str, torch.Tensor]) -> tuple[float, list[Shard]]:
@@ -95,10 +96,11 @@ def on_layout(parallel: ModuleParallel, weights: dict[str, torch.Tensor]) -> tup
         pg_collection=groups,
     )
     dist.all_reduce(total, group=groups.dp)
+    loss = (total[0] / total[1]).item()
     gradients = [shard._replace(tensor=shard.tensor.main_grad) for shard in shards(model, topology)]
     assert_no_global_groups()
     topology.destroy()
-    return (total[0] / total[1]).item(), gradients
+    return loss, gradients
 
 
 def build(parallel: ModuleParallel) -> tuple[Topology, GPTModel]:
