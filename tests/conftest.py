@@ -3,18 +3,19 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# GPUs would otherwise multiply in TF32, of 10 bits. The first is for cuBLAS and cuDNN, so also for Transformer Engine,
+# and must be there before they are loaded; the second is for the Triton kernels of mamba_ssm.
+os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-import mimo_strategy  # noqa: F401
 from mimo_strategy.testing import run_on_ranks
 
-# GPUs would otherwise multiply in TF32, of 10 bits. The first is read by cuBLAS and cuDNN, so also for Transformer
-# Engine, the second by the Triton kernels of mamba_ssm.
-FULL_FLOAT32 = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+# Seconds. On a GPU every process compiles and tunes the kernels that it uses for the first time.
+RANKS_TIMEOUT = {"cpu": 120, "gpu": 600}
 
 
 def pytest_addoption(parser):
@@ -27,15 +28,13 @@ def pytest_addoption(parser):
     parser.addoption("--write-proof", metavar="FILE", help="write a table of all comparisons with one process")
 
 
-def pytest_configure(config):
-    if config.getoption("accelerator") == "gpu":
-        os.environ.update(FULL_FLOAT32)
-
-
 def pytest_collection_modifyitems(config, items):
     if config.getoption("accelerator") == "gpu":
         for item in items:
-            if "accelerator" not in item.fixturenames:
+            if "accelerator" in item.fixturenames:
+                # may start ranks three times: two for what it compares with
+                item.add_marker(pytest.mark.timeout(3 * RANKS_TIMEOUT["gpu"]))
+            else:
                 item.add_marker(pytest.mark.skip(reason="runs its ranks on CPUs only"))
 
 
@@ -48,10 +47,10 @@ def accelerator(pytestconfig):
 def on_ranks(accelerator):
     """``run_on_ranks`` on the accelerator of this run; skips the test where there are too few GPUs."""
 
-    def run(function, world_size, *args, **options):
+    def run(function, world_size, *args):
         if accelerator == "gpu" and torch.cuda.device_count() < world_size:
             pytest.skip(f"needs {world_size} GPUs, this machine has {torch.cuda.device_count()}")
-        return run_on_ranks(function, world_size, *args, accelerator=accelerator, **options)
+        return run_on_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT[accelerator], accelerator=accelerator)
 
     return run
 
