@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -185,7 +185,7 @@ def ranks_are_not_told_the_loss(patch: MonkeyPatch) -> None:
 # ---- samples and microbatches
 
 
-@fault(LANES, "step 1, loss")
+@fault(replace(LANES, data="one"), "step 1, loss")
 def a_microbatch_is_dropped(patch: MonkeyPatch) -> None:
     def microbatches(original, share, batch):
         first, *rest = original(share, batch)
@@ -194,7 +194,7 @@ def a_microbatch_is_dropped(patch: MonkeyPatch) -> None:
     wrap(patch, StepShare, "microbatches", microbatches)
 
 
-@fault(APART, "step 1, loss")
+@fault(replace(APART, data="one"), "step 1, loss")
 def samples_are_swapped_between_lanes_of_the_language_model(patch: MonkeyPatch) -> None:
     def positions(original, share, batch_size):
         if share.num_lanes == 2:

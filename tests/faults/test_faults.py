@@ -10,6 +10,7 @@ from test_seeding import (
 )
 
 from faults.planted import FAULTS, wrap
+from faults.repairs import REPAIRS
 from mimo_strategy.runtime import seeding
 from mimo_strategy.testing import Tolerances
 
@@ -24,8 +25,19 @@ def test_the_fault_is_noticed(monkeypatch, name):
     assert re.search(fault.report, str(noticed.value)), noticed.value
 
 
-@pytest.mark.parametrize("cell", dict.fromkeys(fault.cell for fault in FAULTS.values()), ids=str)
-def test_without_a_fault_nothing_is_noticed(cell):
+@pytest.mark.parametrize("name", REPAIRS)
+def test_without_the_repair_training_goes_wrong(monkeypatch, name):
+    repair = REPAIRS[name]
+    reference_of(repair.cell)
+    repair.take_away(monkeypatch)
+    with pytest.raises(AssertionError, match=repair.report):
+        compare(repair.cell).check(Tolerances())
+
+
+@pytest.mark.parametrize(
+    "cell", dict.fromkeys(planted.cell for planted in [*FAULTS.values(), *REPAIRS.values()]), ids=str
+)
+def test_with_all_repairs_and_no_fault_nothing_is_noticed(cell):
     compare(cell).check(Tolerances())
 
 
