@@ -44,12 +44,22 @@ def accelerator(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def on_ranks(accelerator):
+def require_ranks(accelerator):
+    """Skips the test where there are too few GPUs for as many ranks."""
+
+    def require(world_size):
+        if accelerator == "gpu" and torch.cuda.device_count() < world_size:
+            pytest.skip(f"needs {world_size} GPUs, this machine has {torch.cuda.device_count()}")
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def on_ranks(require_ranks, accelerator):
     """``run_on_ranks`` on the accelerator of this run; skips the test where there are too few GPUs."""
 
     def run(function, world_size, *args):
-        if accelerator == "gpu" and torch.cuda.device_count() < world_size:
-            pytest.skip(f"needs {world_size} GPUs, this machine has {torch.cuda.device_count()}")
+        require_ranks(world_size)
         return run_on_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT[accelerator], accelerator=accelerator)
 
     return run

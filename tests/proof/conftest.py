@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from mimo_strategy.testing import Tolerances
 from proof.cells import Cell
@@ -23,13 +22,11 @@ def proof_table(pytestconfig):
 
 
 @pytest.fixture
-def prove(accelerator, proof_table) -> Callable[[Cell], None]:
+def prove(require_ranks, accelerator, proof_table) -> Callable[[Cell], None]:
     """Train a cell on ranks, compare it with one process and add it to the table."""
 
     def prove_cell(cell: Cell) -> None:
-        ranks = cell.layout.world_size
-        if accelerator == "gpu" and torch.cuda.device_count() < ranks:
-            pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
+        require_ranks(cell.layout.world_size)
         comparison = compare(cell, accelerator)
         proof_table.add(cell.columns, comparison)
         comparison.check(Tolerances())

@@ -1,9 +1,15 @@
 """Whatever the layout and the settings, training is the same as on one process."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 
+from mimo_strategy import MimoHeteroStrategy
+from mimo_strategy import ModuleParallel as P
 from proof.cells import choose, covered, possible_cells
 from proof.layouts import LAYOUTS
+from proof.models import PATTERN, text_only
 from proof.references import reference
 
 POSSIBLE = possible_cells()
@@ -32,6 +38,18 @@ def test_the_cells_cover_every_value_and_every_pair_that_interacts():
     assert {(cell["tp"], cell["etp"]) for cell in axes} >= {(1, "not tp"), (2, "tp"), (4, "not tp"), (4, "1")}
     assert {cell["placement"] for cell in axes} == {layout.placement for layout in LAYOUTS}
     assert len({cell["placement"] for cell in axes}) == 7
+
+
+def test_stages_of_unequal_length():
+    language = P(dp=1, pp=2)
+    uneven = partial(text_only, pattern=f"{PATTERN[:2]}|{PATTERN[2:]}")
+    reference(text=True).assert_alike(MimoHeteroStrategy({"language": language}), language.pp, uneven)
+
+
+def test_the_documentation_shows_every_cell():
+    page = (Path(__file__).parents[2] / "docs" / "numerical_proof.md").read_text()
+    missing = [str(cell) for cell in CELLS if f"| {' | '.join(cell.columns)} |" not in page]
+    assert not missing, "run make proof"
 
 
 def test_clipping_is_active_and_every_weight_is_trained():
