@@ -7,7 +7,7 @@ a module with data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous 
 between modules concatenate and split lanes in that order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -155,15 +155,14 @@ def count_places(input_ids: torch.Tensor, special_token_id: int) -> torch.Tensor
     return (input_ids == special_token_id).sum(dim=1)
 
 
-def check_encoder_items(
-    batch: Batch, special_token_ids: Mapping[str, int], tokens_per_item: Callable[[str], int | None]
-) -> None:
-    """Check that each encoder's items are as many as its counts say and as the samples have places for.
+def check_encoder_items(batch: Batch, special_token_ids: Mapping[str, int]) -> None:
+    """Check that each encoder's items are as many as its counts say, and that samples with items have places for them.
+
+    Whether the places are as many as the items' tokens, only the encoder can tell.
 
     Args:
         batch: what a rank loaded.
         special_token_ids: by encoder, the token that holds the place of its tokens.
-        tokens_per_item: of an encoder by name; ``None`` if items differ.
 
     Raises:
         ValueError: if they are not, or are missing.
@@ -182,12 +181,9 @@ def check_encoder_items(
         counts, places = torch.stack([counts.to(places.device), places]).tolist()
         if sum(counts) != len(batch[name]):
             raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {sum(counts)}")
-        size = tokens_per_item(name)
         for sample, (count, found) in enumerate(zip(counts, places, strict=True)):
-            if found != count * size if size is not None else bool(found) != bool(count):
-                needed = "some" if size is None else f"{count} x {size} = {count * size}"
+            if bool(count) != bool(found):
                 raise ValueError(
-                    f"sample {sample} of this rank's {len(counts)} has {count} {name} and so needs "
-                    f"{needed if count else 0} places for their tokens, but its input_ids have {found} (token "
-                    f"{special_token_id})"
+                    f"sample {sample} of this rank's {len(counts)} has {count} {name}, but its input_ids have {found} "
+                    f"places for their tokens (token {special_token_id})"
                 )

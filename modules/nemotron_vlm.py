@@ -89,9 +89,6 @@ class NemotronVLM(MimoModule):
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         return {"radio": {"images": items}}
 
-    def tokens_per_item(self, name: str) -> int:
-        return self.encoder.config.tokens_per_image
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.optimizer_config)
         schedule = partial(

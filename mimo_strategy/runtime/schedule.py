@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -13,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 
 from mimo_strategy.layout import LANGUAGE, Placement
+from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.pipeline_bridge import PipelineCommunicator
 from mimo_strategy.topology import Topology
 
@@ -30,12 +30,12 @@ class Schedule:
         topology: grids and groups. Creating a pipeline is collective over the world.
     """
 
-    def __init__(self, model: MimoModel, topology: Topology) -> None:
+    def __init__(self, model: HeteroMimoModel, topology: Topology) -> None:
         self.is_pipelined = (
             topology.layout.placement is Placement.NON_COLOCATED or topology.layout.modules[LANGUAGE].pp > 1
         )
         if self.is_pipelined:
-            self._communicator = PipelineCommunicator(topology, model.config)
+            self._communicator = PipelineCommunicator(topology, model)
             self.is_last_stage = self._communicator.is_pp_last_stage
             self._forward_backward = partial(
                 forward_backward_pipelining_without_interleaving,
