@@ -1,6 +1,7 @@
 """RADIO: a vision transformer whose position embeddings serve many image sizes (arXiv 2312.06709)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.vision.radio import RADIOViTModel
@@ -75,19 +76,20 @@ class RadioConfig:
         return self.hidden_size * self.pixel_shuffle**2
 
     @classmethod
-    def tiny(cls, image_size: int = 16) -> "RadioConfig":
+    def tiny(cls, image_size: int = 16, **changes: Any) -> "RadioConfig":
         """An encoder that trains in minutes on a CPU; square images of ``image_size`` pixels."""
-        return cls(
-            image_height=image_size,
-            image_width=image_size,
-            patch_size=4,
-            num_layers=2,
-            hidden_size=64,
-            num_attention_heads=4,
-            ffn_hidden_size=128,
-            class_tokens=2,
-            max_image_size=2 * image_size,
-        )
+        tiny = {
+            "image_height": image_size,
+            "image_width": image_size,
+            "patch_size": 4,
+            "num_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 128,
+            "class_tokens": 2,
+            "max_image_size": 2 * image_size,
+        }
+        return cls(**(tiny | changes))
 
 
 class RadioEncoder(EncoderPart):

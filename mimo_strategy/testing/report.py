@@ -1,11 +1,11 @@
 """How far a training on many ranks is from the same training on one process, and where."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-_SHOWN = 12
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -14,20 +14,20 @@ class Tolerances:
 
     Args:
         loss: of a step's loss, relative to it.
-        grad_norm: of a step's gradient norm before clipping, relative to it.
+        agreement: between what ranks see as loss and gradient norm of the same step, relative to it.
         gradient: norm of the difference of a tensor's gradient, relative to the gradient's.
+        grad_norm: of a step's gradient norm before clipping, relative to it.
         weight: norm of the difference of a tensor after a step, relative to the tensor's.
         update: the same, relative to how far training has moved the tensor from its start. Adam divides by the
             gradient's own size, so that noise in elements with almost no gradient is not small here.
-        agreement: between what ranks see as loss and gradient norm of the same step, relative to it.
     """
 
     loss: float = 1e-5
-    grad_norm: float = 1e-5
+    agreement: float = 0.0
     gradient: float = 2e-5
+    grad_norm: float = 1e-5
     weight: float = 2e-5
     update: float = 1e-3
-    agreement: float = 0.0
 
 
 CHECKS = tuple(field.name for field in fields(Tolerances))
@@ -133,11 +133,14 @@ class Comparison:
         )
 
     def beyond(self, tolerances: Tolerances) -> list[Deviation]:
-        """What exceeds its tolerance, earliest step first, then largest first."""
+        """What exceeds its tolerance: earlier steps first, of a step what it computes first, then the largest."""
         exceeding = [
             deviation for deviation in self.deviations if not deviation.amount <= getattr(tolerances, deviation.check)
         ]
-        return sorted(exceeding, key=lambda deviation: (deviation.step, -_at_most(deviation.amount)))
+        return sorted(
+            exceeding,
+            key=lambda deviation: (deviation.step, CHECKS.index(deviation.check), -_at_most(deviation.amount)),
+        )
 
     def check(self, tolerances: Tolerances) -> None:
         """Check that nothing exceeds its tolerance.
@@ -146,18 +149,22 @@ class Comparison:
             AssertionError: otherwise, with a report.
         """
         exceeding = self.beyond(tolerances)
-        if not exceeding:
-            return
-        lines = [
-            f"training differs from one process in {len(exceeding)} of {len(self.deviations)} quantities, "
-            "first steps and largest first:"
-        ]
-        lines += [f"  {deviation}" for deviation in exceeding[:_SHOWN]]
-        if len(exceeding) > _SHOWN:
-            lines.append(f"  and {len(exceeding) - _SHOWN} more")
-        lines.append("largest of each kind, and what is tolerated:")
-        lines += [f"  {self.largest(check)}; tolerated {getattr(tolerances, check):.0e}" for check in CHECKS]
-        raise AssertionError("\n".join(lines))
+        if exceeding:
+            raise AssertionError("\n".join(self._report(exceeding, tolerances)))
+
+    def _report(self, exceeding: list[Deviation], tolerances: Tolerances) -> Iterator[str]:
+        yield f"training differs from one process in {len(exceeding)} of {len(self.deviations)} quantities"
+        first_step = exceeding[0].step
+        for check in CHECKS:
+            found = [deviation for deviation in exceeding if (deviation.step, deviation.check) == (first_step, check)]
+            yield from (f"  {deviation}" for deviation in found[:_SHOWN])
+            if len(found) > _SHOWN:
+                yield f"    and {len(found) - _SHOWN} more of this kind in step {first_step}"
+        later = sum(deviation.step > first_step for deviation in exceeding)
+        if later:
+            yield f"  and {later} in later steps"
+        yield "largest of each kind, and what is tolerated:"
+        yield from (f"  {self.largest(check)}; tolerated {getattr(tolerances, check):.0e}" for check in CHECKS)
 
 
 def _relative(amount: float, size: float) -> float:

@@ -52,7 +52,7 @@ def gradient_shards(module: MimoModule, optimizer: torch.optim.Optimizer) -> lis
     }
     for info in optimizer.megatron_optimizer.module_infos.values():
         for part in getattr(info.optimizer, "chained_optimizers", [info.optimizer]):
-            if isinstance(part, DistributedOptimizer):
+            if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
                 gradients |= _gather_gradients(part)
     return list(_shards(module, gradients.get))
 
