@@ -106,5 +106,5 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, exists):
     path = tmp_path / "weights.ckpt"
     if exists:
         path.mkdir()
-    with pytest.raises(RankError, match=r"FileNotFoundError: .*weights\.ckpt is no checkpoint of MimoHeteroStrategy"):
+    with pytest.raises(RankError, match=r"CheckpointError: .*weights\.ckpt is no checkpoint of MimoHeteroStrategy"):
         run_on_ranks(validate, 2, path, "32-true")

@@ -50,6 +50,7 @@ class MimoRuntime:
         self.device = device
         self._step_loss = StepLoss(topology, device)
         self._reduced_loss: LossOutput | None = None
+        self._parameters_lag = False
         wrap_modules(model, topology, ddp_config, dtype)
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
@@ -104,6 +105,9 @@ class MimoRuntime:
         self._reduced_loss = None
         if backward:
             self.model.zero_grad_buffer()
+            self._parameters_lag = self._ddp_config.overlap_param_gather
+        else:
+            self.sync_parameters()
 
         def megatron_loss(microbatch, output):
             result = loss(output, microbatch)
@@ -120,11 +124,25 @@ class MimoRuntime:
     def run_outputs(self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]) -> list:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
 
+        self.sync_parameters()
+
         def forward_step(microbatches, model):
             microbatch = next(microbatches)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
         return self._schedule.run(forward_step, self._microbatches(batch), forward_only=True, collect_outputs=True)
+
+    def sync_parameters(self) -> None:
+        """Have every rank hold what the optimizer has made of the parameters.
+
+        With ``overlap_param_gather`` each rank has its own part of an update only, until the next training step
+        gathers the others' in its forward passes.
+        """
+        if self._parameters_lag:
+            with torch.no_grad():
+                for module in self.model.own_modules().values():
+                    module.start_param_sync(force_sync=True)
+            self._parameters_lag = False
 
     def _microbatches(self, batch: Batch) -> list[Batch]:
         language = self.model.config

@@ -7,6 +7,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 _SEEDS_PER_STAGE = 100
+# beyond the seeds of all modules and stages
+_SEEDS_PER_RESTART = 1_000_003
 
 
 class ModuleRng:
@@ -22,18 +24,11 @@ class ModuleRng:
     """
 
     def __init__(self, seed: int, groups: ProcessGroupCollection) -> None:
-        others = get_cuda_rng_tracker().get_states()
         self._seed = seed + _SEEDS_PER_STAGE * groups.pp.rank()
+        self._groups = groups
+        self._is_active = False
         torch.manual_seed(self._seed)
-        model_parallel_cuda_manual_seed(
-            self._seed,
-            tp_rank=groups.tp.rank(),
-            ep_rank=groups.ep.rank(),
-            etp_rank=groups.expt_tp.rank(),
-            force_reset_rng=True,
-        )
-        self._states = get_cuda_rng_tracker().get_states()
-        get_cuda_rng_tracker().set_states(others)
+        self._states = self._seeded(self._seed)
 
     @contextmanager
     def building(self):
@@ -61,13 +56,43 @@ class ModuleRng:
         """Leave the streams in the tracker, for whatever draws outside a module's own forward."""
         self._enter()
 
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """State of every stream, by megatron-core's name."""
+        return get_cuda_rng_tracker().get_states() if self._is_active else dict(self._states)
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        """Go on from other states."""
+        self._states = states
+        if self._is_active:
+            get_cuda_rng_tracker().set_states(dict(states))
+
+    def restart(self, number: int) -> None:
+        """Start the streams anew; other than when built, and than under any other ``number``."""
+        self.set_states(self._seeded(self._seed + _SEEDS_PER_RESTART * (number + 1)))
+
+    def _seeded(self, seed: int) -> dict[str, torch.Tensor]:
+        others = get_cuda_rng_tracker().get_states()
+        model_parallel_cuda_manual_seed(
+            seed,
+            tp_rank=self._groups.tp.rank(),
+            ep_rank=self._groups.ep.rank(),
+            etp_rank=self._groups.expt_tp.rank(),
+            force_reset_rng=True,
+        )
+        states = get_cuda_rng_tracker().get_states()
+        get_cuda_rng_tracker().set_states(others)
+        return states
+
     def _enter(self) -> dict[str, torch.Tensor]:
         tracker = get_cuda_rng_tracker()
         others = tracker.get_states()
         tracker.set_states(self._states)
+        self._is_active = True
         return others
 
     def _leave(self, others: dict[str, torch.Tensor]) -> None:
         tracker = get_cuda_rng_tracker()
         self._states = tracker.get_states()
+        self._is_active = False
         tracker.set_states(others)
