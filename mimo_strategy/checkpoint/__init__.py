@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
 from mimo_strategy.checkpoint.errors import CheckpointError, SaveError
-from mimo_strategy.checkpoint.loading import Checkpoint, is_weight
+from mimo_strategy.checkpoint.loading import Checkpoint
 from mimo_strategy.checkpoint.shards import model_shards, optimizer_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter
 from mimo_strategy.runtime.model import HeteroMimoModel
@@ -30,5 +30,5 @@ def save(directory: Path, shards: Sequence[ShardedTensor], lightning_state: dict
 def load_shards(directory: Path, model: HeteroMimoModel, optimizer: MimoOptimizer | None) -> None:
     checkpoint = Checkpoint(Path(directory))
     shards = model_shards(model)
-    checkpoint.require(checkpoint.compare(shards, is_weight))
+    checkpoint.require(checkpoint.compare(shards))
     checkpoint.read([checkpoint.in_best_precision(shard) for shard in shards])

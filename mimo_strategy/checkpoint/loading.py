@@ -1,16 +1,21 @@
 """Load a checkpoint that any layout wrote: check all of it first, then read this rank's parts in place."""
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
+from megatron.core.dist_checkpointing.strategies.checkpointable import (
+    CheckpointableShardedTensor,
+    LocalShardsContainer,
+)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mimo_strategy.checkpoint.directory import located
@@ -52,39 +57,26 @@ def is_weight(name: str) -> bool:
     return not name.startswith((OPTIMIZER, RANDOM))
 
 
-class Checkpoint:
-    """A checkpoint whose files have been found to be what was written. Every method is collective over the world.
+class TensorSource(ABC):
+    """Tensors by name that shards can be read from.
 
-    Without ``torch.distributed`` this process is alone.
-
-    Raises:
-        CheckpointError: if it is not whole, naming the files; on every rank.
+    Attributes:
+        path: where they are.
+        shapes: of the whole tensors, by name.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.directory = located(path)
-        problem = None
-        try:
-            files = read_manifest(self.directory)["files"]
-            # largest first, so that the ranks' shares are of similar size
-            by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-            share = by_size[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else by_size
-            found = damage(self.directory, {name: files[name] for name in share})
-            if found:
-                raise CheckpointError("\n  ".join([f"{self.directory} is damaged:", *found]))
-            self.index: Metadata = read_index(self.directory, files)
-            self.shapes = tensor_shapes(self.index)
-        except CheckpointError as error:
-            problem = str(error)
-        problems = [problem for problem in _gather(problem) if problem]
-        if problems:
-            raise CheckpointError("\n".join(dict.fromkeys(problems)))
+    path: Path
+    shapes: Mapping[str, Sequence[int]]
 
-    def lightning_state(self) -> dict[str, Any]:
-        """What Lightning keeps in a checkpoint: loops, callbacks, schedulers, hyper-parameters."""
-        return read_object(self.directory / LIGHTNING_STATE)
+    @abstractmethod
+    def read(self, shards: Iterable[ShardedTensor]) -> None:
+        """Read into the shards' data, converting their dtype.
 
-    def compare(self, shards: Iterable[ShardedTensor], expected: Callable[[str], bool]) -> Mismatch:
+        Raises:
+            CheckpointError: if a file cannot be read or does not hold what it says it does.
+        """
+
+    def compare(self, shards: Iterable[ShardedTensor], expected: Callable[[str], bool] = is_weight) -> Mismatch:
         """How the checkpoint differs from the tensors that all ranks hold shards of.
 
         Args:
@@ -115,7 +107,7 @@ class Checkpoint:
             CheckpointError: listing all mismatches; on every rank.
         """
         if mismatch.reshaped or (strict and (mismatch.missing or mismatch.unexpected)):
-            raise CheckpointError(f"{self.directory} does not fit the model:\n{mismatch}")
+            raise CheckpointError(f"{self.path} does not fit the model:\n{mismatch}")
 
     def holds(self, shard: ShardedTensor) -> bool:
         """Whether there is a tensor of this name and shape."""
@@ -128,37 +120,73 @@ class Checkpoint:
             return replace(shard, key=master)
         return replace(shard, key=weight) if shard.key not in self.shapes and weight in self.shapes else shard
 
-    def read(self, shards: Iterable[ShardedTensor]) -> None:
-        """Read into the shards' data, converting their dtype.
 
-        Raises:
-            CheckpointError: if a file cannot be read or does not hold what the index says.
-        """
+class Checkpoint(TensorSource):
+    """A checkpoint whose files have been found to be what was written. Made by all ranks together.
+
+    Without ``torch.distributed`` this process is alone.
+
+    Raises:
+        CheckpointError: if it is not whole, naming the files; on every rank.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = located(path)
+        problem = None
+        try:
+            files = read_manifest(self.path)["files"]
+            # largest first, so that the ranks' shares are of similar size
+            by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+            share = by_size[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else by_size
+            found = damage(self.path, {name: files[name] for name in share})
+            if found:
+                raise CheckpointError("\n  ".join([f"{self.path} is damaged:", *found]))
+            self.index: Metadata = read_index(self.path, files)
+            self.shapes = tensor_shapes(self.index)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [problem for problem in _gather(problem) if problem]
+        if problems:
+            raise CheckpointError("\n".join(dict.fromkeys(problems)))
+
+    def lightning_state(self) -> dict[str, Any]:
+        """What Lightning keeps in a checkpoint: loops, callbacks, schedulers, hyper-parameters."""
+        return read_object(self.path / LIGHTNING_STATE)
+
+    @override
+    def read(self, shards: Iterable[ShardedTensor]) -> None:
         by_name = defaultdict(list)
         for shard in shards:
-            by_name[shard.key].append(shard)
+            by_name[shard.key].append(replace(shard, data=shard.data.detach()))
         planner = MCoreLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(mcore_to_pyt_state_dict(by_name, is_loading=True), self.index)
+        planner.set_up_planner(
+            {
+                name: LocalShardsContainer([CheckpointableShardedTensor.from_sh_ten(shard) for shard in shards])
+                for name, shards in by_name.items()
+            },
+            self.index,
+        )
         items = planner.create_local_plan().items
         wanted = sum(shard.data.numel() for shards in by_name.values() for shard in shards)
         if sum(prod(item.lengths) for item in items) != wanted:
-            raise CheckpointError(f"{self.directory}: its index does not cover all tensors")
+            raise CheckpointError(f"{self.path}: its index does not cover all tensors")
         places = self.index.storage_data
         last, stored = None, None
         for item in sorted(items, key=lambda item: _position(places[item.storage_index])):
             place = places[item.storage_index]
             if place is not last:
-                path = self.directory / place.relative_path
+                path = self.path / place.relative_path
                 last, stored = place, read_object(path, offset=place.offset, length=place.length)
             target = planner.resolve_tensor(item)
-            target.copy_(stored[_slices(item.storage_offsets, item.lengths)])
+            target.copy_(stored[slices(item.storage_offsets, item.lengths)])
 
 
 def _position(place: Any) -> tuple[str, int]:
     return place.relative_path, place.offset
 
 
-def _slices(offsets: Iterable[int], lengths: Iterable[int]) -> tuple[slice, ...]:
+def slices(offsets: Iterable[int], lengths: Iterable[int]) -> tuple[slice, ...]:
+    """The index of a rectangle."""
     return tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
 
 

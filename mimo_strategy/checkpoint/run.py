@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
-from mimo_strategy.checkpoint.loading import Checkpoint, Mismatch, is_weight
+from mimo_strategy.checkpoint.loading import Checkpoint, Mismatch
 from mimo_strategy.checkpoint.random_state import random_streams
 from mimo_strategy.checkpoint.shards import model_shards, optimizer_shards
 from mimo_strategy.runtime.optimizer_state import set_num_updates
@@ -49,7 +49,7 @@ def load_run(
     checkpoint = Checkpoint(path)
     state = checkpoint.lightning_state()
     weights = model_shards(runtime.model)
-    mismatch = checkpoint.compare(weights, is_weight)
+    mismatch = checkpoint.compare(weights)
     checkpoint.require(mismatch, strict=strict)
     wanted = [shard for shard in weights if shard.key in checkpoint.shapes]
     streams = []
