@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 
 from mimo_strategy.checkpoint.errors import CheckpointError, SaveError
 from mimo_strategy.checkpoint.loading import Checkpoint
-from mimo_strategy.checkpoint.shards import model_shards, optimizer_shards
+from mimo_strategy.checkpoint.shards import model_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter
 from mimo_strategy.runtime.model import HeteroMimoModel
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "SaveError"]
 
 
-def sharded_state(model: HeteroMimoModel, optimizer: MimoOptimizer | None, *, is_loading: bool) -> list[ShardedTensor]:
-    return model_shards(model) + (optimizer_shards(model, optimizer) if optimizer else [])
+def sharded_state(model: HeteroMimoModel, optimizer: None, *, is_loading: bool) -> list[ShardedTensor]:
+    return model_shards(model)
 
 
 def save(directory: Path, shards: Sequence[ShardedTensor], lightning_state: dict[str, Any]) -> None:
@@ -27,7 +26,7 @@ def save(directory: Path, shards: Sequence[ShardedTensor], lightning_state: dict
     writer.close()
 
 
-def load_shards(directory: Path, model: HeteroMimoModel, optimizer: MimoOptimizer | None) -> None:
+def load_shards(directory: Path, model: HeteroMimoModel, optimizer: None) -> None:
     checkpoint = Checkpoint(Path(directory))
     shards = model_shards(model)
     checkpoint.require(checkpoint.compare(shards))

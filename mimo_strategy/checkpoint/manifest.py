@@ -11,7 +11,7 @@ from typing import Any
 from mimo_strategy.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 # name of a file to {"bytes": its size, "crc32": its checksum}
 Files = dict[str, dict[str, int]]
@@ -24,7 +24,7 @@ class ChecksummedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
+        self._file = path.open("wb", buffering=_CHUNK)
         self._path = path
         self._error: OSError | None = None
         self._size = self._checksum = 0
@@ -33,10 +33,9 @@ class ChecksummedFile:
         data = memoryview(data).cast("B")
         self._checksum = zlib.crc32(data, self._checksum)
         self._size += len(data)
-        rest = data
-        while self._error is None and rest:
+        if self._error is None:
             try:
-                rest = rest[self._file.write(rest) :]
+                self._file.write(data)
             except OSError as error:
                 self._error = error
         return len(data)
@@ -45,7 +44,7 @@ class ChecksummedFile:
         return self._size
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Leaving the context flushes."""
 
     def close(self) -> None:
         """The context closes it."""
@@ -54,10 +53,14 @@ class ChecksummedFile:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        with self._file:
-            if self._error is not None:
-                raise OSError(self._error.errno, self._error.strerror, str(self._path)) from None
-            os.fsync(self._file.fileno())
+        try:
+            with self._file:
+                if self._error is not None:
+                    raise self._error
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     @property
     def entry(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from megatron.core.models.mimo.optimizer import MimoOptimizer
 
 from mimo_strategy.checkpoint.loading import Checkpoint, Mismatch
 from mimo_strategy.checkpoint.random_state import random_streams
-from mimo_strategy.checkpoint.shards import model_shards, optimizer_shards
+from mimo_strategy.checkpoint.shards import model_and_optimizer_shards, model_shards
 from mimo_strategy.runtime.optimizer_state import set_num_updates
 from mimo_strategy.runtime.runtime import MimoRuntime
 
@@ -21,12 +21,11 @@ def run_shards(runtime: MimoRuntime, optimizer: MimoOptimizer | None) -> list[Sh
         optimizer: ``None`` for the weights alone.
     """
     runtime.sync_parameters()
-    shards = model_shards(runtime.model)
-    if optimizer is not None:
-        shards += optimizer_shards(runtime.model, optimizer)
-        for streams in random_streams(runtime.model, runtime.topology, runtime.device):
-            shards += streams.shards
-    return shards
+    if optimizer is None:
+        return model_shards(runtime.model)
+    weights, states = model_and_optimizer_shards(runtime.model, optimizer)
+    streams = random_streams(runtime.model, runtime.topology, runtime.device)
+    return weights + states + [shard for of_owner in streams for shard in of_owner.shards]
 
 
 def load_run(
@@ -54,7 +53,8 @@ def load_run(
     wanted = [shard for shard in weights if shard.key in checkpoint.shapes]
     streams = []
     if optimizer is not None and "optimizer_states" in state:
-        held = [checkpoint.in_best_precision(shard) for shard in optimizer_shards(runtime.model, optimizer)]
+        _, held = model_and_optimizer_shards(runtime.model, optimizer)
+        held = [checkpoint.in_best_precision(shard) for shard in held]
         checkpoint.require(checkpoint.compare(held, lambda name: False))
         wanted += held
         streams = random_streams(runtime.model, runtime.topology, runtime.device)

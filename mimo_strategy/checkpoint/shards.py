@@ -39,16 +39,23 @@ def model_shards(model: HeteroMimoModel) -> list[ShardedTensor]:
     return [shard for _, shards in _shards_by_tensor(model) for shard in shards]
 
 
-def optimizer_shards(model: HeteroMimoModel, optimizer: MimoOptimizer) -> list[ShardedTensor]:
-    """This rank's shards of the optimizer's state, named ``optimizer.<state>.<weight>``; data are those in use."""
-    by_parameter = {id(tensor): shards for tensor, shards in reversed(list(_shards_by_tensor(model)))}
-    return [
+def model_and_optimizer_shards(
+    model: HeteroMimoModel, optimizer: MimoOptimizer
+) -> tuple[list[ShardedTensor], list[ShardedTensor]]:
+    """This rank's shards of the model and of the optimizer's state, named ``optimizer.<state>.<weight>``.
+
+    Their data are those in use.
+    """
+    weights = list(_shards_by_tensor(model))
+    by_parameter = {id(tensor): shards for tensor, shards in reversed(weights)}
+    states = [
         shard
         for held in parameter_states(optimizer)
         for name, tensor in held.tensors.items()
         for weight in by_parameter[id(held.parameter)]
         for shard in _within(weight, held.parameter, held.start, held.stop, tensor, f"{OPTIMIZER}{name}", held.instance)
     ]
+    return [shard for _, shards in weights for shard in shards], states
 
 
 def _shards_by_tensor(model: HeteroMimoModel) -> Iterator[tuple[torch.Tensor, list[ShardedTensor]]]:
