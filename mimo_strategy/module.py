@@ -18,7 +18,7 @@ from mimo_strategy.checkpoint.weights import load_weights
 from mimo_strategy.generation import Generation, generate_greedily
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
-from mimo_strategy.runtime.gradients import balance_experts
+from mimo_strategy.runtime.gradients import balance_experts, hold_frozen_routers
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
 from mimo_strategy.runtime.runtime import MimoRuntime
@@ -44,10 +44,20 @@ class MimoModule(LightningModule):
     it in one process, which is what every layout must agree with.
 
     A batch holds ``input_ids``, ``labels`` and ``loss_mask`` ``[samples, sequence]`` and, for an encoder named
-    ``images``, ``images`` with the items of all samples and ``num_images`` ``[samples]``.
+    ``images``, ``images`` with the items of all samples and ``num_images`` ``[samples]``. Samples may have any number
+    of items, and a batch none: ``images`` then has length 0.
+
+    To freeze parameters, do so when they are built. Names tell the encoder (``.encoders.``) from its projector
+    (``.input_projections.``) and from the language model (``language_model.``), whichever of them a rank runs::
+
+        def configure_model(self):
+            super().configure_model()
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(".encoders." not in name)
 
     Attributes:
-        special_token_ids: by encoder, the token that an item's embeddings take the place of.
+        special_token_ids: by encoder, the token that holds the place of an item's embeddings in ``input_ids``, once for
+            each embedding.
         model: the model as built on this rank, or ``None``.
         runtime: runs the steps under ``MimoHeteroStrategy``, otherwise ``None``.
     """
@@ -81,6 +91,17 @@ class MimoModule(LightningModule):
     @abstractmethod
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         """The keyword arguments of an encoder's forward, by the encoder's name in its spec."""
+
+    def blank_items(self, name: str, items: torch.Tensor) -> torch.Tensor:
+        """One item to run an encoder on in a microbatch that has none, where others wait for its lane.
+
+        What it becomes is dropped, and its gradient is zero. By default it is all zeros.
+
+        Args:
+            name: the encoder's name.
+            items: the microbatch's, of which there are 0.
+        """
+        return items.new_zeros((1, *items.shape[1:]))
 
     def configure_model(self) -> None:
         """Build the modules of this rank, once."""
@@ -125,12 +146,14 @@ class MimoModule(LightningModule):
             Per-token losses ``[samples, sequence]`` if ``labels`` are given, otherwise logits; on ranks of other
             stages what the next stage takes.
         """
-        encoders = [name for name in self.special_token_ids if name in batch]
+        items = {name: batch[name] for name in self.model.modality_submodules}
+        blank = {name: self.blank_items(name, empty) for name, empty in items.items() if len(empty) == 0}
         output, _ = self.model(
-            input_ids=batch["input_ids"],
+            batch["input_ids"],
             position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(batch["input_ids"]),
             labels=labels,
-            modality_inputs={name: self.encoder_inputs(name, batch[name]) for name in encoders if len(batch[name])},
+            modality_inputs={name: self.encoder_inputs(name, inputs) for name, inputs in (items | blank).items()},
+            blank=blank,
         )
         return output
 
@@ -178,6 +201,7 @@ class MimoModule(LightningModule):
 
     def generate(self, batch: Batch, *, end_token_id: int, max_new_tokens: int | None = None) -> Generation:
         """Continue every sample's prompt greedily; see :func:`.generation.generate_greedily`."""
+        check_encoder_items(batch, self.special_token_ids)
         return generate_greedily(self, batch, end_token_id=end_token_id, max_new_tokens=max_new_tokens)
 
     def make_optimizer(self, config: OptimizerConfig | Mapping[str, OptimizerConfig]) -> torch.optim.Optimizer:
@@ -194,6 +218,7 @@ class MimoModule(LightningModule):
         if configs.keys() != set(names):
             raise ValueError(f"optimizer settings are for {sorted(configs)}, the modules are {sorted(names)}")
         configs = {name: configs[name] for name in names}
+        hold_frozen_routers(self.model)
         if self.runtime is not None:
             return ModuleOptimizer(self.runtime.build_optimizer(configs), configs, self.runtime.trainable_parameters())
         modules = self.model.own_modules()

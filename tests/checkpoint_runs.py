@@ -85,6 +85,7 @@ def fit(
     )
     module = module or model()
     trainer.fit(module, data(num_workers), ckpt_path=ckpt_path)
+    module.runtime.gather_parameters()
     digest = hashlib.sha256()
     for parameter in module.model.parameters():
         digest.update(parameter.detach().float().numpy().tobytes())

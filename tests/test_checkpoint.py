@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 from checkpoint_runs import COLOCATED, DISJOINT, Run, every_step, fit, model, strategy
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from mimo_strategy import ModuleParallel as P
-from mimo_strategy.testing import RankError, run_on_ranks
+from mimo_strategy.testing import run_on_ranks
 
 # Every difference that a layout can make: tp, dp, pp, ep, etp, the world, and whether modules share ranks. Also how
 # the optimizer's state is held.

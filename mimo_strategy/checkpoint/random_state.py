@@ -9,6 +9,7 @@ has used.
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,18 +40,20 @@ class Streams:
 
 
 def random_streams(model: HeteroMimoModel, topology: Topology, device: torch.device) -> list[Streams]:
-    """The streams of this rank's modules, and its default generators; a copy of their state."""
+    """This rank's default generators and the streams of its modules, a copy of their state.
+
+    They must be put back or restarted in this order, as a module that is running owns the device's default generator.
+    """
     layout, rank = topology.layout, topology.rank
-    streams = []
+    states = _default_states(device)
+    owner = "/".join(f"{_name(layout, name)}@{module.rank_offset}" for name, module in layout.modules.items())
+    shards = _shards(f"default.{owner}", states, rank, layout.world_size)
+    streams = [Streams(shards, partial(_set_default_states, states, device), _restart_default)]
     for name, rng in model.rngs.items():
         module = layout.modules[name]
         states = {stream: state.clone() for stream, state in rng.states.items()}
         shards = _shards(_name(layout, name), states, rank - module.rank_offset, module.num_ranks)
-        streams.append(Streams(shards, lambda rng=rng, states=states: rng.set_states(states), rng.restart))
-    states = _default_states(device)
-    owner = "/".join(f"{_name(layout, name)}@{module.rank_offset}" for name, module in layout.modules.items())
-    shards = _shards(f"default.{owner}", states, rank, layout.world_size)
-    streams.append(Streams(shards, lambda: _set_default_states(states, device), _restart_default))
+        streams.append(Streams(shards, partial(rng.set_states, states), rng.restart))
     return streams
 
 

@@ -20,7 +20,7 @@ def run_shards(runtime: MimoRuntime, optimizer: MimoOptimizer | None) -> list[Sh
         runtime: the run.
         optimizer: ``None`` for the weights alone.
     """
-    runtime.sync_parameters()
+    runtime.gather_parameters()
     if optimizer is None:
         return model_shards(runtime.model)
     weights, states = model_and_optimizer_shards(runtime.model, optimizer)

@@ -30,13 +30,31 @@ def name_prefix(module: str) -> str:
     return "language_model." if module == LANGUAGE else f"modality_submodules.{module}."
 
 
-def model_shards(model: HeteroMimoModel) -> list[ShardedTensor]:
-    """This rank's shards of weights and buffers, whose data are those of the model.
+def model_entries(model: HeteroMimoModel) -> list[ShardedTensor | ShardedTensorFactory]:
+    """This rank's weights and buffers, under the names that checkpoints give them.
 
     Args:
         model: wrapped or not; the names are the same.
     """
-    return [shard for _, shards in _shards_by_tensor(model) for shard in shards]
+    entries = []
+    for entry in model.sharded_state_dict(metadata=_METADATA).values():
+        if not isinstance(entry, ShardedObject):
+            entries.append(replace(entry, key=_stable_name(entry.key)))
+        elif not entry.key.endswith("._extra_state"):
+            # those are Transformer Engine's scaling factors of FP8, pickled; they are found anew in a few steps
+            raise TypeError(f"{entry.key} is a {type(entry.data).__name__}, only tensors can be saved")
+    return entries
+
+
+def shards_of(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """The parts of an entry that have names of their own, such as the projections that Mamba computes in one."""
+    parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+    return [replace(part, allow_shape_mismatch=False) for part in parts]
+
+
+def model_shards(model: HeteroMimoModel) -> list[ShardedTensor]:
+    """This rank's shards of weights and buffers, whose data are those of the model, wrapped or not."""
+    return [shard for entry in model_entries(model) for shard in shards_of(entry)]
 
 
 def model_and_optimizer_shards(
@@ -46,8 +64,8 @@ def model_and_optimizer_shards(
 
     Their data are those in use.
     """
-    weights = list(_shards_by_tensor(model))
-    by_parameter = {id(tensor): shards for tensor, shards in reversed(weights)}
+    weights = [(entry.data, shards_of(entry)) for entry in model_entries(model)]
+    by_parameter = {id(tensor): shards for tensor, shards in weights}
     states = [
         shard
         for held in parameter_states(optimizer)
@@ -56,17 +74,6 @@ def model_and_optimizer_shards(
         for shard in _within(weight, held.parameter, held.start, held.stop, tensor, f"{OPTIMIZER}{name}", held.instance)
     ]
     return [shard for _, shards in weights for shard in shards], states
-
-
-def _shards_by_tensor(model: HeteroMimoModel) -> Iterator[tuple[torch.Tensor, list[ShardedTensor]]]:
-    for entry in model.sharded_state_dict(metadata=_METADATA).values():
-        if isinstance(entry, ShardedObject):
-            # Transformer Engine's scaling factors of FP8, pickled; they are found anew in a few steps
-            if not entry.key.endswith("._extra_state"):
-                raise TypeError(f"{entry.key} is a {type(entry.data).__name__}, only tensors can be saved")
-            continue
-        pieces = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
-        yield entry.data, [replace(piece, key=_stable_name(piece.key), allow_shape_mismatch=False) for piece in pieces]
 
 
 def _stable_name(key: str) -> str:

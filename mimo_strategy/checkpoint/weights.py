@@ -101,6 +101,11 @@ def load_weights(
     return mismatch
 
 
+def save_weights(path: str | Path, model: HeteroMimoModel) -> None:
+    """Write the weights of a model as a checkpoint; collective over the world."""
+    _save(Path(path), model_shards(model))
+
+
 def export_weights(checkpoint: str | Path, file: str | Path) -> None:
     """Write the weights of a checkpoint into a single safetensors file; in one process, holding one tensor at a time.
 
@@ -141,11 +146,16 @@ def import_weights(file: str | Path, checkpoint: str | Path) -> None:
         CheckpointError: if it is no safetensors file.
     """
     source = WeightsFile(Path(file))
-    state = {"pytorch-lightning_version": lightning.__version__, "epoch": 0, "global_step": 0, "state_dict": {}}
     with _process_group():
-        writer = CheckpointWriter(in_background=False, on_failure="raise", timeout=timedelta(minutes=30))
-        writer.save(Path(checkpoint), source.mapped(), state)
-        writer.close()
+        _save(Path(checkpoint), source.mapped())
+
+
+def _save(path: Path, shards: list[ShardedTensor]) -> None:
+    # what Lightning needs to load a checkpoint
+    state = {"pytorch-lightning_version": lightning.__version__, "epoch": 0, "global_step": 0, "state_dict": {}}
+    writer = CheckpointWriter(in_background=False, on_failure="raise", timeout=timedelta(minutes=30))
+    writer.save(path, shards, state)
+    writer.close()
 
 
 @contextmanager

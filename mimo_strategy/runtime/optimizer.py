@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.overlay import Overlay
@@ -49,11 +49,22 @@ def build_optimizer(
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
             with _param_groups_of(topology.groups[name].intra_dist_opt):
                 # The module's own, complete collection; get_mimo_optimizer derives one that leaves expt_tp out.
-                optimizer = megatron_optimizer.get_megatron_optimizer(
-                    config, [module], pg_collection=topology.groups[name], use_gloo_process_groups=False
+                optimizer = _without_stubs(
+                    megatron_optimizer.get_megatron_optimizer(
+                        config, [module], pg_collection=topology.groups[name], use_gloo_process_groups=False
+                    )
                 )
         infos[name] = ModuleOptimizerInfo(optimizer, grid, topology.groups.get(name), runs)
     return MimoOptimizer(infos, next(iter(configs.values())))
+
+
+def _without_stubs(optimizer: ChainedOptimizer) -> ChainedOptimizer | None:
+    """The optimizers that have parameters on some rank of the module; ``None`` if it is frozen.
+
+    For frozen parameters megatron-core 0.19.2 makes stand-ins, which lack most of an optimizer's attributes.
+    """
+    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    return ChainedOptimizer(parts) if parts else None
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class MimoRuntime:
         self.device = device
         self._step_loss = StepLoss(topology, device)
         self._reduced_loss: LossOutput | None = None
-        self._parameters_lag = False
+        self._parameters_may_be_stale = False
         wrap_modules(model, topology, ddp_config, dtype)
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
@@ -105,9 +105,11 @@ class MimoRuntime:
         self._reduced_loss = None
         if backward:
             self.model.zero_grad_buffer()
-            self._parameters_lag = self._ddp_config.overlap_param_gather
+            # FP32Optimizer makes main_grad a parameter's grad: the next backward would add to it twice
+            self.model.zero_grad()
+            self._parameters_may_be_stale = self._ddp_config.overlap_param_gather
         else:
-            self.sync_parameters()
+            self.gather_parameters()
 
         def megatron_loss(microbatch, output):
             result = loss(output, microbatch)
@@ -115,7 +117,7 @@ class MimoRuntime:
             return result.sum, result.count.int(), {}
 
         def forward_step(microbatches, model):
-            microbatch = next(microbatches)
+            microbatch, model.bridge_parts = next(microbatches)
             return forward(microbatch), partial(megatron_loss, microbatch)
 
         self._schedule.run(forward_step, self._microbatches(batch), forward_only=not backward)
@@ -124,27 +126,25 @@ class MimoRuntime:
     def run_outputs(self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]) -> list:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
 
-        self.sync_parameters()
-
         def forward_step(microbatches, model):
-            microbatch = next(microbatches)
+            microbatch, model.bridge_parts = next(microbatches)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
+        self.gather_parameters()
         return self._schedule.run(forward_step, self._microbatches(batch), forward_only=True, collect_outputs=True)
 
-    def sync_parameters(self) -> None:
-        """Have every rank hold what the optimizer has made of the parameters.
+    def gather_parameters(self) -> None:
+        """Bring this rank's parameters up to date after an optimizer step.
 
-        With ``overlap_param_gather`` each rank has its own part of an update only, until the next training step
-        gathers the others' in its forward passes.
+        With ``overlap_param_gather`` only the forward of the next training step gathers what other ranks updated;
+        whatever else reads the parameters must ask for it.
         """
-        if self._parameters_lag:
-            with torch.no_grad():
-                for module in self.model.own_modules().values():
-                    module.start_param_sync(force_sync=True)
-            self._parameters_lag = False
+        if self._parameters_may_be_stale:
+            for module in self.model.own_modules().values():
+                module.start_param_sync(force_sync=True)
+            self._parameters_may_be_stale = False
 
-    def _microbatches(self, batch: Batch) -> list[Batch]:
+    def _microbatches(self, batch: Batch) -> list[tuple[Batch, dict[str, list[int]]]]:
         language = self.model.config
         length, tp = batch["input_ids"].shape[1], language.tensor_model_parallel_size
         if language.sequence_parallel and length % tp:
@@ -152,7 +152,8 @@ class MimoRuntime:
                 f"sequences of {length} tokens cannot be cut over tp {tp} of {LANGUAGE}; pad them to "
                 f"{(length // tp + 1) * tp}"
             )
-        return self.share.microbatches(batch)
+        microbatches = self.share.microbatches(batch)
+        return list(zip(microbatches, self.share.bridge_parts(batch, self.model.special_token_ids), strict=True))
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
