@@ -1,16 +1,20 @@
 """The root LightningModule: what a model tells of its modules, its forward and its loss."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from mimo_strategy.checkpoint.weights import load_weights
 from mimo_strategy.generation import Generation, generate_greedily
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
@@ -65,6 +69,7 @@ class MimoModule(LightningModule):
         self.model: HeteroMimoModel | None = None
         self.runtime: MimoRuntime | None = None
         self.build_context: BuildContext | None = None
+        self._to_load: list[Callable[[], None]] = []
 
     @abstractmethod
     def module_sizes(self) -> Mapping[str, ModuleSizes]:
@@ -108,6 +113,31 @@ class MimoModule(LightningModule):
             )
         context = self.build_context
         self.model = build_model(self, context.topology, dtype=context.dtype, device=context.device, seed=context.seed)
+        while self._to_load:
+            self._to_load.pop(0)()
+
+    def load_weights(self, path: str | Path, *, modules: Collection[str] | None = None, strict: bool = True) -> None:
+        """Start from given weights: at once if the model is built, otherwise as soon as a Trainer has built it.
+
+        To go on with a run instead, with its optimizer and data, give its checkpoint to ``Trainer.fit``. Not for
+        calls during a fit, whose optimizer may keep weights of its own.
+
+        Args:
+            path: a checkpoint that any layout wrote, or a ``.safetensors`` file.
+            modules: names of the modules to load; ``None`` is all.
+            strict: whether each of their weights must be in ``path``, and no other of theirs. Otherwise a warning
+                lists what was missing or unexpected.
+
+        Raises:
+            ValueError: if the model has no such module.
+            CheckpointError: if ``path`` is not whole or does not fit the model, before anything is loaded.
+        """
+        if self.model is None:
+            self._to_load.append(partial(self.load_weights, path, modules=modules, strict=strict))
+            return
+        mismatch = load_weights(self.model, path, modules=modules, strict=strict)
+        if mismatch.missing or mismatch.unexpected:
+            rank_zero_warn(f"Loaded {path} without\n{mismatch}")
 
     def forward(self, batch: Batch, *, labels: torch.Tensor | None = None) -> Any:
         """Run the modules of this rank on one microbatch.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
-from mimo_strategy.checkpoint import load_shards, save, sharded_state
+from mimo_strategy.checkpoint.weights import load_weights, save_weights
 from mimo_strategy.module import MimoModule
 from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig
 
@@ -66,7 +66,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer, module):
         if self._start is not None:
-            load_shards(self._start, module.model, None)
+            load_weights(module.model, self._start)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if module.runtime is None:
@@ -80,7 +80,7 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer, module):
         if self._end is not None:
-            save(self._end, sharded_state(module.model, None, is_loading=False), {})
+            save_weights(self._end, module.model)
 
 
 def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer:

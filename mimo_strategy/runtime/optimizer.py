@@ -15,7 +15,6 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.overlay import Overlay
-from mimo_strategy.runtime.distributed_optimizer import distributed_optimizer_class
 from mimo_strategy.topology import Topology
 
 
@@ -48,8 +47,7 @@ def build_optimizer(
                 overlap_param_gather=ddp_config.overlap_param_gather,
             )
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
-            repaired = mock.patch.object(megatron_optimizer, "DistributedOptimizer", distributed_optimizer_class())
-            with repaired, _param_groups_of(topology.groups[name].intra_dist_opt):
+            with _param_groups_of(topology.groups[name].intra_dist_opt):
                 # The module's own, complete collection; get_mimo_optimizer derives one that leaves expt_tp out.
                 optimizer = _without_stubs(
                     megatron_optimizer.get_megatron_optimizer(

@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel.random import (
 )
 
 _SEEDS_PER_STAGE = 100
+# beyond the seeds of all modules and stages
+_SEEDS_PER_RESTART = 1_000_003
 
 # Name of the device's default generator among the streams; the others are megatron-core's names.
 _DEFAULT = "default"
@@ -34,15 +36,10 @@ class ModuleRng:
     def __init__(self, seed: int, groups: ProcessGroupCollection) -> None:
         others = _streams()
         self._seed = seed + _SEEDS_PER_STAGE * groups.pp.rank()
+        self._groups = groups
+        self._is_active = False
         torch.manual_seed(self._seed)
-        model_parallel_cuda_manual_seed(
-            self._seed,
-            tp_rank=groups.tp.rank(),
-            ep_rank=groups.ep.rank(),
-            etp_rank=groups.expt_tp.rank(),
-            force_reset_rng=True,
-        )
-        self._states = _streams()
+        self._states = self._seeded(self._seed)
         _set_streams(others)
 
     @contextmanager
@@ -71,13 +68,43 @@ class ModuleRng:
         """Leave the streams in the tracker, for whatever draws outside a module's own forward."""
         self._enter()
 
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """State of every stream, by name."""
+        return _streams() if self._is_active else dict(self._states)
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        """Go on from other states."""
+        self._states = states
+        if self._is_active:
+            _set_streams(states)
+
+    def restart(self, number: int) -> None:
+        """Start the streams anew: not as when they were built, and not as with any other ``number``."""
+        self.set_states(self._seeded(self._seed + _SEEDS_PER_RESTART * (number + 1)))
+
+    def _seeded(self, seed: int) -> dict[str, torch.Tensor]:
+        others = _streams()
+        model_parallel_cuda_manual_seed(
+            seed,
+            tp_rank=self._groups.tp.rank(),
+            ep_rank=self._groups.ep.rank(),
+            etp_rank=self._groups.expt_tp.rank(),
+            force_reset_rng=True,
+        )
+        states = _streams()
+        _set_streams(others)
+        return states
+
     def _enter(self) -> dict[str, torch.Tensor]:
         others = _streams()
         _set_streams(self._states)
+        self._is_active = True
         return others
 
     def _leave(self, others: dict[str, torch.Tensor]) -> None:
         self._states = _streams()
+        self._is_active = False
         _set_streams(others)
 
 

@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from mimo_strategy.checkpoint import sharded_state
+from mimo_strategy.checkpoint.shards import model_entries, shards_of
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 
@@ -66,15 +64,11 @@ def assemble(shards: list[Shard]) -> dict[str, Tensor]:
 
 
 def _shards(module: MimoModule, read: Callable[[Tensor], Tensor | None]) -> Iterator[Shard]:
-    for entry in sharded_state(module.model, None, is_loading=False)["model"].values():
-        if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
-            continue
+    for entry in model_entries(module.model):
         data = read(entry.data)
         if data is None:
             continue
-        entry = replace(entry, data=data)
-        parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
-        for part in parts:
+        for part in shards_of(replace(entry, data=data)):
             yield Shard(part.key, part.global_slice(), part.global_shape, part.data)
 
 
