@@ -61,6 +61,8 @@ class Cell:
             use_distributed_optimizer=distributed,
             overlap_grad_reduce=self.overlap,
             overlap_param_gather=self.overlap and distributed,
+            # several for each module, as a large model has
+            bucket_size=20_000,
         )
 
     @property
