@@ -10,10 +10,10 @@ VENV_PYTHON = "$(VENV)/bin/python"
 OMP_NUM_THREADS ?= 1
 export VENV OMP_NUM_THREADS
 
-.PHONY: help setup train test lint format clean known-layout
+.PHONY: help setup train test test-all proof lint format clean known-layout
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 setup: ## make the virtual environment VENV (.venv) and install everything; PYTHON= names the interpreter
 	@scripts/setup.sh
@@ -23,6 +23,12 @@ train: known-layout setup ## train the example; LAYOUT=non_colocated (default) o
 
 test: setup ## run the tests
 	$(VENV_PYTHON) -m pytest -q
+
+test-all: setup ## run the tests, and many more of the same kind
+	$(VENV_PYTHON) -m pytest -q -m ""
+
+proof: setup ## compare layouts with one process and write docs/numerical_proof.md
+	$(VENV_PYTHON) -m pytest -q tests/proof --write-proof docs/numerical_proof.md
 
 lint: setup ## check style and format
 	$(VENV_PYTHON) -m ruff check

@@ -1,5 +1,8 @@
 """Train multimodal models on megatron-core with a parallel layout per module, under PyTorch Lightning."""
 
+# first, as it lets torch look for GPUs without initialising CUDA, after which no rank could be forked
+import lightning  # noqa: F401
+
 from mimo_strategy import upstream_noise
 from mimo_strategy.cpu import import_hook
 

@@ -12,12 +12,16 @@ from mimo_strategy.lightning_private import SubprocessScriptLauncher
 class CheckingLauncher(SubprocessScriptLauncher):
     """Runs ``check(trainer, model, *data)`` before any other process starts, so that what cannot work is reported once.
 
-    ``data`` are the DataLoaders and the LightningDataModule that the Trainer was given.
+    ``data`` are the DataLoaders and the LightningDataModule that the Trainer was given. Where it was given the
+    checkpoint path ``last``, ``last_checkpoint(trainer)`` takes its place if there is one.
     """
 
-    def __init__(self, check: Callable[..., None], *args: Any) -> None:
+    def __init__(
+        self, check: Callable[..., None], last_checkpoint: Callable[[Trainer], str | None], *args: Any
+    ) -> None:
         super().__init__(*args)
         self._check = check
+        self._last_checkpoint = last_checkpoint
 
     @property
     @override
@@ -31,6 +35,9 @@ class CheckingLauncher(SubprocessScriptLauncher):
             self._check(trainer, *args)
             if self.cluster_environment.creates_processes_externally:
                 print_causes_once()
+        args = [
+            (self._last_checkpoint(trainer) or arg) if isinstance(arg, str) and arg == "last" else arg for arg in args
+        ]
         return super().launch(function, *args, trainer=trainer, **kwargs)
 
     @override

@@ -1,8 +1,27 @@
 """What this package takes of Lightning's private names, in one place, so that a new release is checked here first."""
 
+from pathlib import Path
+
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE as IS_INTERACTIVE
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper as IndexBatchSampler
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 
-__all__ = ["IS_INTERACTIVE", "IndexBatchSampler", "SubprocessScriptLauncher", "init_dist_connection"]
+__all__ = [
+    "IS_INTERACTIVE",
+    "IndexBatchSampler",
+    "SubprocessScriptLauncher",
+    "checkpoint_folders",
+    "init_dist_connection",
+]
+
+
+def checkpoint_folders(trainer: Trainer) -> set[Path]:
+    """Where the Trainer's callbacks keep their checkpoints."""
+    return {
+        Path(callback.dirpath if keeps_errors else callback._ModelCheckpoint__resolve_ckpt_dir(trainer))
+        for callback in trainer.callbacks
+        if (keeps_errors := isinstance(callback, OnExceptionCheckpoint)) or isinstance(callback, ModelCheckpoint)
+    }

@@ -1,23 +1,27 @@
 """The root LightningModule: what a model tells of its modules, its forward and its loss."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mimo_strategy import metrics
 from mimo_strategy.batch_checks import check_form
+from mimo_strategy.checkpoint.weights import load_weights
 from mimo_strategy.generation import Generation, generate
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
 from mimo_strategy.prediction import Prediction, predict_own
-from mimo_strategy.runtime.gradients import balance_experts
+from mimo_strategy.runtime.gradients import balance_experts, hold_frozen_routers
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
 from mimo_strategy.runtime.runtime import MimoRuntime
@@ -43,10 +47,20 @@ class MimoModule(LightningModule):
     it in one process, which is what every layout must agree with.
 
     A batch holds ``input_ids``, ``labels`` and ``loss_mask`` ``[samples, sequence]`` and, for an encoder named
-    ``images``, ``images`` with the items of all samples and ``num_images`` ``[samples]``.
+    ``images``, ``images`` with the items of all samples and ``num_images`` ``[samples]``. Samples may have any number
+    of items, and a batch none: ``images`` then has length 0.
+
+    To freeze parameters, do so when they are built. Names tell the encoder (``.encoders.``) from its projector
+    (``.input_projections.``) and from the language model (``language_model.``), whichever of them a rank runs::
+
+        def configure_model(self):
+            super().configure_model()
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(".encoders." not in name)
 
     Attributes:
-        special_token_ids: by encoder, the token that an item's embeddings take the place of.
+        special_token_ids: by encoder, the token that holds the place of an item's embeddings in ``input_ids``, once for
+            each embedding.
         model: the model as built on this rank, or ``None``.
         runtime: runs the steps under ``MimoHeteroStrategy``, otherwise ``None``.
     """
@@ -58,6 +72,7 @@ class MimoModule(LightningModule):
         self.model: HeteroMimoModel | None = None
         self.runtime: MimoRuntime | None = None
         self.build_context: BuildContext | None = None
+        self._to_load: list[Callable[[], None]] = []
 
     @abstractmethod
     def module_sizes(self) -> Mapping[str, ModuleSizes]:
@@ -80,6 +95,17 @@ class MimoModule(LightningModule):
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         """The keyword arguments of an encoder's forward, by the encoder's name in its spec."""
 
+    def blank_items(self, name: str, items: torch.Tensor) -> torch.Tensor:
+        """One item to run an encoder on in a microbatch that has none, where others wait for its lane.
+
+        What it becomes is dropped, and its gradient is zero. By default it is all zeros.
+
+        Args:
+            name: the encoder's name.
+            items: the microbatch's, of which there are 0.
+        """
+        return items.new_zeros((1, *items.shape[1:]))
+
     def configure_model(self) -> None:
         """Build the modules of this rank, once."""
         if self.model is not None:
@@ -90,6 +116,31 @@ class MimoModule(LightningModule):
             )
         context = self.build_context
         self.model = build_model(self, context.topology, dtype=context.dtype, device=context.device, seed=context.seed)
+        while self._to_load:
+            self._to_load.pop(0)()
+
+    def load_weights(self, path: str | Path, *, modules: Collection[str] | None = None, strict: bool = True) -> None:
+        """Start from given weights: at once if the model is built, otherwise as soon as a Trainer has built it.
+
+        To go on with a run instead, with its optimizer and data, give its checkpoint to ``Trainer.fit``. Not for
+        calls during a fit, whose optimizer may keep weights of its own.
+
+        Args:
+            path: a checkpoint that any layout wrote, or a ``.safetensors`` file.
+            modules: names of the modules to load; ``None`` is all.
+            strict: whether each of their weights must be in ``path``, and no other of theirs. Otherwise a warning
+                lists what was missing or unexpected.
+
+        Raises:
+            ValueError: if the model has no such module.
+            CheckpointError: if ``path`` is not whole or does not fit the model, before anything is loaded.
+        """
+        if self.model is None:
+            self._to_load.append(partial(self.load_weights, path, modules=modules, strict=strict))
+            return
+        mismatch = load_weights(self.model, path, modules=modules, strict=strict)
+        if mismatch.missing or mismatch.unexpected:
+            rank_zero_warn(f"Loaded {path} without\n{mismatch}")
 
     def check_batch(self, batch: Any) -> None:
         """Check what a loader yielded, before it is moved to the device; extend it by what the modules expect.
@@ -116,12 +167,14 @@ class MimoModule(LightningModule):
             Per-token losses ``[samples, sequence]`` if ``labels`` are given, otherwise logits; on ranks of other
             stages what the next stage takes.
         """
-        encoders = [name for name in self.special_token_ids if name in batch]
+        items = {name: batch[name] for name in self.model.modality_submodules}
+        blank = {name: self.blank_items(name, empty) for name, empty in items.items() if len(empty) == 0}
         output, _ = self.model(
-            input_ids=batch["input_ids"],
+            batch["input_ids"],
             position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(batch["input_ids"]),
             labels=labels,
-            modality_inputs={name: self.encoder_inputs(name, batch[name]) for name in encoders if len(batch[name])},
+            modality_inputs={name: self.encoder_inputs(name, inputs) for name, inputs in (items | blank).items()},
+            blank=blank,
         )
         return output
 
@@ -193,6 +246,7 @@ class MimoModule(LightningModule):
 
     def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:
         """Continue every sample's prompt; see :func:`.generation.generate` for ``settings``."""
+        check_encoder_items(batch, self.special_token_ids)
         return generate(self, batch, end_token_id=end_token_id, **settings)
 
     def predict(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Prediction:
@@ -219,6 +273,7 @@ class MimoModule(LightningModule):
         if configs.keys() != set(names):
             raise ValueError(f"optimizer settings are for {sorted(configs)}, the modules are {sorted(names)}")
         configs = {name: configs[name] for name in names}
+        hold_frozen_routers(self.model)
         if self.runtime is not None:
             return ModuleOptimizer(self.runtime.build_optimizer(configs), configs, self.runtime.trainable_parameters())
         modules = self.model.own_modules()

@@ -7,7 +7,7 @@ a module with data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous 
 between modules concatenate and split lanes in that order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class StepShare:
         }
         self.lane, self.num_lanes = min(self._lanes.values(), key=lambda lane: lane[1])
         self._language_dp = layout.modules[LANGUAGE].dp
+        self._most_lanes = max(module.dp for module in layout.modules.values())
         self.encoders = [name for name in layout.modules if name != LANGUAGE]
         self._num_microbatches = num_microbatches
 
@@ -61,7 +62,7 @@ class StepShare:
             ValueError: if the samples cannot be cut evenly.
         """
         num_samples = len(batch["input_ids"])
-        parts = self._num_microbatches * max(dp for _, dp in self._lanes.values()) // self.num_lanes
+        parts = self._num_microbatches * self._most_lanes // self.num_lanes
         if num_samples == 0 or num_samples % parts:
             raise ValueError(
                 f"this rank's {num_samples} samples of the step batch cannot be cut into {parts} equal parts "
@@ -83,6 +84,33 @@ class StepShare:
         lane, dp = self._lanes[LANGUAGE]
         lanes_loaded = dp // self.num_lanes
         return values.unflatten(0, (self._num_microbatches, lanes_loaded, -1))[:, lane % lanes_loaded].flatten(0, 1)
+
+    def bridge_parts(self, batch: Batch, special_token_ids: Mapping[str, int]) -> list[dict[str, list[int]]]:
+        """How many tokens each encoder of this rank exchanges with the language model, counted in ``input_ids``.
+
+        Each lane of the module with fewer lanes is bridged to several of the other's. In parts: the tokens of these.
+        A rank that runs the encoder only, and is one of several that feed a lane of the language model, knows its own.
+
+        Args:
+            batch: what this rank loaded.
+            special_token_ids: by encoder, the token that holds the place of its tokens.
+
+        Returns:
+            By microbatch and encoder, the number of tokens of each part.
+        """
+        microbatches: list[dict[str, list[int]]] = [{} for _ in range(self._num_microbatches)]
+        for name in self.encoders:
+            if name not in self._lanes:
+                continue
+            sides = [self._lanes[side] for side in (name, LANGUAGE) if side in self._lanes]
+            lane, dp = min(sides, key=lambda side: side[1])
+            num_parts = max(self._lanes[name][1], self._language_dp) // dp
+            lanes_loaded = dp // self.num_lanes
+            places = count_places(batch["input_ids"], special_token_ids[name])
+            cut = places.unflatten(0, (self._num_microbatches, lanes_loaded, num_parts, -1))
+            for microbatch, parts in zip(microbatches, cut[:, lane % lanes_loaded].sum(-1).tolist(), strict=True):
+                microbatch[name] = parts
+        return microbatches
 
     def _narrow_modules(self, loaded: Batch) -> Batch:
         microbatch = dict(loaded)
@@ -127,16 +155,40 @@ def gather_lanes(values: torch.Tensor, topology: Topology, num_microbatches: int
     return lanes.unflatten(1, (num_microbatches, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def check_encoder_items(batch: Batch, encoders: Iterable[str]) -> None:
-    """Check that each encoder's items are as many as its counts say.
+def count_places(input_ids: torch.Tensor, special_token_id: int) -> torch.Tensor:
+    """``[samples]``: positions of each sample that an encoder's tokens take."""
+    return (input_ids == special_token_id).sum(dim=1)
+
+
+def check_encoder_items(batch: Batch, special_token_ids: Mapping[str, int]) -> None:
+    """Check that each encoder's items are as many as its counts say, and that samples with items have places for them.
+
+    Whether the places are as many as the items' tokens, only the encoder can tell.
+
+    Args:
+        batch: what a rank loaded.
+        special_token_ids: by encoder, the token that holds the place of its tokens.
 
     Raises:
-        ValueError: if they are not, or the counts are missing.
+        ValueError: if they are not, or are missing.
     """
-    for name in encoders:
-        if name in batch:
-            if f"num_{name}" not in batch:
-                raise ValueError(f"the batch has {name} but no num_{name}, which says how many each sample has")
-            counted = int(batch[f"num_{name}"].sum())
-            if counted != len(batch[name]):
-                raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {counted}")
+    for name, special_token_id in special_token_ids.items():
+        for key in (name, f"num_{name}"):
+            if key not in batch:
+                raise ValueError(
+                    f"the batch has no {key}, only {sorted(batch)}; also where no sample has any, {name} must hold 0 "
+                    f"items and num_{name} a 0 for each sample"
+                )
+        counts = batch[f"num_{name}"]
+        places = count_places(batch["input_ids"], special_token_id)
+        if counts.shape != places.shape:
+            raise ValueError(f"num_{name} has shape {list(counts.shape)}, but the batch has {len(places)} samples")
+        counts, places = torch.stack([counts.to(places.device), places]).tolist()
+        if sum(counts) != len(batch[name]):
+            raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {sum(counts)}")
+        for sample, (count, found) in enumerate(zip(counts, places, strict=True)):
+            if bool(count) != bool(found):
+                raise ValueError(
+                    f"sample {sample} of this rank's {len(counts)} has {count} {name}, but its input_ids have {found} "
+                    f"places for their tokens (token {special_token_id})"
+                )

@@ -1,14 +1,13 @@
 """``MimoHeteroStrategy``: Lightning's verbs for a model whose modules have layouts of their own."""
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, override
+from typing import Any, get_args, override
 
 import torch
 import torch.distributed as dist
@@ -19,19 +18,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 from torch.distributed import ReduceOp
 
 from mimo_strategy import agreement
-from mimo_strategy import checkpoint as checkpoints
 from mimo_strategy.callbacks.summary import show_all_modules
+from mimo_strategy.checkpoint.directory import newest_whole, remove
+from mimo_strategy.checkpoint.run import load_run, run_shards
+from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
 from mimo_strategy.checks import check_arguments, check_data, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
-from mimo_strategy.lightning_private import IS_INTERACTIVE, init_dist_connection
+from mimo_strategy.lightning_private import IS_INTERACTIVE, checkpoint_folders, init_dist_connection
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
@@ -42,6 +43,8 @@ from mimo_strategy.topology import Topology
 from mimo_strategy.watchdog import Watchdog
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+# for all ranks to come to save after an exception, which may be one rank's alone
+_MEETING_TIME = timedelta(minutes=1)
 
 
 class MimoHeteroStrategy(ParallelStrategy):
@@ -58,6 +61,9 @@ class MimoHeteroStrategy(ParallelStrategy):
         timeout: for collectives; a rank that waits longer raises.
         watchdog: after this time without progress, print which step, collective and ranks the run waits for;
             ``None`` never does.
+        async_save: write checkpoints while training goes on. One that fails then does so at the next save, or at the
+            end.
+        on_save_failure: whether to ``raise`` or ``warn`` when a checkpoint cannot be written. Earlier ones are kept.
 
     Raises:
         LayoutError: from ``Trainer.fit`` and the like, before any process group exists, if the layout does not fit.
@@ -72,6 +78,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         ddp: DistributedDataParallelConfig | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         watchdog: timedelta | None = None,
+        async_save: bool = False,
+        on_save_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
         check_arguments(modules, num_microbatches, ddp, timeout, watchdog)
@@ -81,6 +89,11 @@ class MimoHeteroStrategy(ParallelStrategy):
         self._timeout = timeout
         self._patience = watchdog
         self._watchdog: Watchdog | None = None
+        if on_save_failure not in get_args(OnFailure):
+            raise ValueError(f"on_save_failure must be one of {get_args(OnFailure)}, got {on_save_failure!r}")
+        self._async_save = async_save
+        self._on_save_failure = on_save_failure
+        self._writer: CheckpointWriter | None = None
         self._num_nodes = 1
         self._layer_sync = None
         self.layout: Layout | None = None
@@ -123,7 +136,9 @@ class MimoHeteroStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         if IS_INTERACTIVE and self.num_processes * self.num_nodes > 1:
             refuse_launcher("a notebook or interactive session")
-        self._launcher = CheckingLauncher(self._check, self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher = CheckingLauncher(
+            self._check, _last_checkpoint, self.cluster_environment, self.num_processes, self.num_nodes
+        )
 
     def _check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
         """Refuse, before any process is started or group made, what cannot work; sets the layout."""
@@ -213,6 +228,8 @@ class MimoHeteroStrategy(ParallelStrategy):
             show_all_modules(trainer.callbacks)
             if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
                 trainer.callbacks.append(Preemption())
+            # while no rank can have failed yet
+            self._checkpoint_writer()
         self.setup_precision_plugin()
 
     @override
@@ -278,21 +295,31 @@ class MimoHeteroStrategy(ParallelStrategy):
     ) -> None:
         if storage_options is not None:
             raise TypeError("MimoHeteroStrategy writes checkpoints itself and takes no storage_options")
-        optimizer = self.optimizers[0].megatron_optimizer if "optimizer_states" in checkpoint else None
-        shards = checkpoints.sharded_state(self.runtime.model, optimizer, is_loading=False)
-        checkpoints.save(Path(filepath), shards, checkpoint)
+        trainer = self.lightning_module.trainer
+        writer = self._checkpoint_writer()
+        if trainer.interrupted:
+            writer.meet(_MEETING_TIME)
+        with_optimizer = self.optimizers and "optimizer_states" in checkpoint
+        optimizer = self.optimizers[0].megatron_optimizer if with_optimizer else None
+        writer.save(Path(filepath), run_shards(self.runtime, optimizer), checkpoint)
+        if trainer.state.finished:
+            # no teardown follows
+            self._close_writer()
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        directory = Path(checkpoint_path)
-        state = checkpoints.load_lightning_state(directory)
-        model = self.runtime.model
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in state:
-            optimizer, settings = self.optimizers[0], state["optimizer_states"][0]
-            checkpoints.load_shards(directory, model, optimizer.megatron_optimizer, num_updates=settings["num_updates"])
-            optimizer.load_settings(settings)
-        else:
-            checkpoints.load_shards(directory, model, None)
+        module = self.lightning_module
+        optimizer = self.optimizers[0] if module.trainer.state.fn == TrainerFn.FITTING else None
+        state, mismatch = load_run(
+            Path(checkpoint_path),
+            self.runtime,
+            optimizer.megatron_optimizer if optimizer else None,
+            strict=module.strict_loading,
+        )
+        if mismatch.missing or mismatch.unexpected:
+            rank_zero_warn(f"Loaded {checkpoint_path} without\n{mismatch}")
+        if optimizer and "optimizer_states" in state:
+            optimizer.load_settings(state["optimizer_states"][0])
         return state
 
     @override
@@ -305,9 +332,22 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        # a callback may not have written what it wants to remove
-        if self.is_global_zero and Path(filepath).exists():
-            shutil.rmtree(filepath)
+        if self._writer is not None:
+            self._writer.remove(Path(filepath))
+        elif self.is_global_zero:
+            remove(Path(filepath))
+
+    def _checkpoint_writer(self) -> CheckpointWriter:
+        if self._writer is None:
+            self._writer = CheckpointWriter(
+                in_background=self._async_save, on_failure=self._on_save_failure, timeout=self._timeout
+            )
+        return self._writer
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close(interrupted=self.lightning_module.trainer.interrupted)
 
     # ---- steps
 
@@ -377,8 +417,15 @@ class MimoHeteroStrategy(ParallelStrategy):
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
+        self._close_writer()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
+
+
+def _last_checkpoint(trainer: Trainer) -> str | None:
+    """The newest whole checkpoint where the Trainer's callbacks keep theirs; Lightning would take a damaged one too."""
+    found = newest_whole(checkpoint_folders(trainer))
+    return str(found) if found else None
 
 
 StrategyRegistry.register(

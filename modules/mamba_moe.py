@@ -52,6 +52,7 @@ class MambaMoEConfig:
         aux_loss_coeff: weight of the load-balancing loss; 0 for none.
         init_std: standard deviation of initial weights.
         dropout: probability of dropping, in attention and residual connections.
+        recompute_layers: keep each layer's input only, and compute the layer again in the backward pass.
 
     Raises:
         ValueError: if sizes do not fit each other.
@@ -79,6 +80,7 @@ class MambaMoEConfig:
     aux_loss_coeff: float = 1e-4
     init_std: float = 0.0173
     dropout: float = 0.0
+    recompute_layers: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.pattern) - set(_LAYER_SYMBOLS + "|")
@@ -206,6 +208,7 @@ class MambaMoE(MimoModule):
         transformer = transformer_config(
             layout,
             dtype,
+            recompute_layers=config.recompute_layers,
             num_layers=len(config.layers),
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,

@@ -1,6 +1,7 @@
 """RADIO: a vision transformer whose position embeddings serve many image sizes (arXiv 2312.06709)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.vision.radio import RADIOViTModel
@@ -32,6 +33,7 @@ class RadioConfig:
         class_tokens: tokens in front of the patches, dropped from the output.
         max_image_size: side, in pixels, of the largest image that the position embeddings cover.
         random_position_crops: in training, take position embeddings from a random crop of their table.
+        recompute_layers: keep each layer's input only, and compute the layer again in the backward pass.
 
     Raises:
         ValueError: if the image cannot be cut into patches and shuffled.
@@ -48,6 +50,7 @@ class RadioConfig:
     class_tokens: int = 8
     max_image_size: int = 2048
     random_position_crops: bool = False
+    recompute_layers: bool = False
 
     def __post_init__(self) -> None:
         unit = self.patch_size * self.pixel_shuffle
@@ -73,19 +76,20 @@ class RadioConfig:
         return self.hidden_size * self.pixel_shuffle**2
 
     @classmethod
-    def tiny(cls, image_size: int = 16) -> "RadioConfig":
+    def tiny(cls, image_size: int = 16, **changes: Any) -> "RadioConfig":
         """An encoder that trains in minutes on a CPU; square images of ``image_size`` pixels."""
-        return cls(
-            image_height=image_size,
-            image_width=image_size,
-            patch_size=4,
-            num_layers=2,
-            hidden_size=64,
-            num_attention_heads=4,
-            ffn_hidden_size=128,
-            class_tokens=2,
-            max_image_size=2 * image_size,
-        )
+        tiny = {
+            "image_height": image_size,
+            "image_width": image_size,
+            "patch_size": 4,
+            "num_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 128,
+            "class_tokens": 2,
+            "max_image_size": 2 * image_size,
+        }
+        return cls(**(tiny | changes))
 
 
 class RadioEncoder(EncoderPart):
@@ -122,6 +126,7 @@ class RadioEncoder(EncoderPart):
         config = transformer_config(
             layout,
             dtype,
+            recompute_layers=self.config.recompute_layers,
             num_layers=self.config.num_layers,
             hidden_size=self.config.hidden_size,
             num_attention_heads=self.config.num_attention_heads,

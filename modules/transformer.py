@@ -16,12 +16,15 @@ def use_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def transformer_config(layout: ModuleLayout, dtype: torch.dtype, **settings: Any) -> TransformerConfig:
+def transformer_config(
+    layout: ModuleLayout, dtype: torch.dtype, *, recompute_layers: bool = False, **settings: Any
+) -> TransformerConfig:
     """The config of a module: its own ``settings``, and what every module of a step must have in common.
 
     Args:
         layout: the module's layout.
         dtype: dtype of parameters and of what pipelines and bridges send.
+        recompute_layers: keep each layer's input only, and compute the layer again in the backward pass.
         settings: further fields of ``TransformerConfig``.
     """
     fused = use_transformer_engine()
@@ -52,4 +55,6 @@ def transformer_config(layout: ModuleLayout, dtype: torch.dtype, **settings: Any
         "moe_permute_fusion": fused,
         "cross_entropy_loss_fusion": fused,
     }
+    if recompute_layers:
+        common |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(**(common | settings))

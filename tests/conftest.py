@@ -3,12 +3,66 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# GPUs would otherwise multiply in TF32, of 10 bits. The first is for cuBLAS and cuDNN, so also for Transformer Engine,
+# and must be there before they are loaded; the second is for the Triton kernels of mamba_ssm.
+os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
-import mimo_strategy  # noqa: F401
+from mimo_strategy.testing import run_on_ranks
+
+# Seconds. On a GPU every process compiles and tunes the kernels that it uses for the first time.
+RANKS_TIMEOUT = {"cpu": 120, "gpu": 600}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--accelerator",
+        choices=["cpu", "gpu"],
+        default="cpu",
+        help="gpu runs the tests that ask for the accelerator, and only these, on GPUs with NCCL",
+    )
+    parser.addoption("--write-proof", metavar="FILE", help="write a table of all comparisons with one process")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("accelerator") == "gpu":
+        for item in items:
+            if "accelerator" in item.fixturenames:
+                # may start ranks three times: two for what it compares with
+                item.add_marker(pytest.mark.timeout(3 * RANKS_TIMEOUT["gpu"]))
+            else:
+                item.add_marker(pytest.mark.skip(reason="runs its ranks on CPUs only"))
+
+
+@pytest.fixture(scope="session")
+def accelerator(pytestconfig):
+    return pytestconfig.getoption("accelerator")
+
+
+@pytest.fixture(scope="session")
+def require_ranks(accelerator):
+    """Skips the test where there are too few GPUs for as many ranks."""
+
+    def require(world_size):
+        if accelerator == "gpu" and torch.cuda.device_count() < world_size:
+            pytest.skip(f"needs {world_size} GPUs, this machine has {torch.cuda.device_count()}")
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def on_ranks(require_ranks, accelerator):
+    """``run_on_ranks`` on the accelerator of this run; skips the test where there are too few GPUs."""
+
+    def run(function, world_size, *args):
+        require_ranks(world_size)
+        return run_on_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT[accelerator], accelerator=accelerator)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

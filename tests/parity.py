@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
-from mimo_strategy.checkpoint import load_shards, save, sharded_state
+from mimo_strategy.checkpoint.weights import load_weights, save_weights
 from mimo_strategy.module import MimoModule
 from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig
 
@@ -66,7 +66,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer, module):
         if self._start is not None:
-            load_shards(self._start, module.model, None)
+            load_weights(module.model, self._start)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if module.runtime is None:
@@ -80,7 +80,7 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer, module):
         if self._end is not None:
-            save(self._end, sharded_state(module.model, None, is_loading=False), {})
+            save_weights(self._end, module.model)
 
 
 def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer:
@@ -88,6 +88,7 @@ def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     quiet = {
+        "accelerator": "cpu",
         "devices": dist.get_world_size() if dist.is_initialized() else 1,
         "logger": False,
         "enable_checkpointing": False,
@@ -98,7 +99,7 @@ def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer
         # Lightning would shuffle the training data of a distributed strategy
         "use_distributed_sampler": False,
     }
-    return Trainer(accelerator="cpu", strategy=strategy, **(quiet | settings))
+    return Trainer(strategy=strategy, **(quiet | settings))
 
 
 def train(
@@ -108,6 +109,7 @@ def train(
     end: Path | None = None,
     num_steps: int = 3,
     answered: Sequence[bool] | None = None,
+    accelerator: str = "cpu",
 ) -> Steps:
     """Train on the first digits, in order.
 
@@ -118,6 +120,7 @@ def train(
         end: where to write the weights at the end.
         num_steps: optimizer steps.
         answered: by position in the data, whether a sample's answer counts; ``None`` is all.
+        accelerator: of the Trainer.
     """
     seed_everything(1, verbose=False)
     recorder = Recorder(start, end)
@@ -128,7 +131,8 @@ def train(
             for index, counts in enumerate(answered)
         ]
     data = DataLoader(samples, BATCH_SIZE, collate_fn=collate)
-    make_trainer(strategy, max_steps=num_steps, callbacks=[recorder]).fit(make_module(), data)
+    trainer = make_trainer(strategy, accelerator=accelerator, max_steps=num_steps, callbacks=[recorder])
+    trainer.fit(make_module(), data)
     return recorder.steps
 
 

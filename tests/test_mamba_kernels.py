@@ -100,13 +100,14 @@ def test_scan_equals_recurrence(length, chunk_size, groups):
     assert_same(actual, recurrence(**inputs, dt_softplus=True), inputs)
 
 
+@pytest.mark.parametrize("chunk_size", [8, 16])
 @pytest.mark.parametrize("dt_softplus", [False, True])
 @pytest.mark.parametrize("dt_bias", [False, True])
 @pytest.mark.parametrize("z", [False, True])
 @pytest.mark.parametrize("D", [None, "per head", "per channel"])
-def test_scan_options(D, z, dt_bias, dt_softplus):
+def test_scan_options(D, z, dt_bias, dt_softplus, chunk_size):
     inputs = scan_inputs(11, 2, D, z, dt_bias, initial_states=False)
-    actual = mamba_chunk_scan_combined(**inputs, chunk_size=8, dt_softplus=dt_softplus)
+    actual = mamba_chunk_scan_combined(**inputs, chunk_size=chunk_size, dt_softplus=dt_softplus)
     assert_same([actual], recurrence(**inputs, dt_softplus=dt_softplus)[:1], inputs)
 
 
@@ -182,6 +183,38 @@ def test_gated_rms_norm(group_size, gated, norm_before_gate):
     assert_same([norm(inputs["x"], inputs["z"])], [expected], inputs)
 
 
+def composition(inputs, groups, activation="silu", norm_before_gate=False):
+    """What the fused entry stands for, with the recurrence in its middle: output and last states."""
+    channels, inner = len(inputs["conv1d_weight"]), HEADS * HEADDIM
+    z, xBC, dt = inputs["zxbcdt"].split([inner, channels, HEADS], dim=-1)
+    xBC = F.conv1d(F.pad(xBC.mT, (3, 0)), inputs["conv1d_weight"][:, None], inputs["conv1d_bias"], groups=channels).mT
+    if activation is not None:
+        xBC = F.silu(xBC)
+    x, B, C = xBC.split([inner, groups * STATE, groups * STATE], dim=-1)
+    y, states = recurrence(
+        x.unflatten(-1, (HEADS, HEADDIM)),
+        dt,
+        inputs["A"],
+        B.unflatten(-1, (groups, STATE)),
+        C.unflatten(-1, (groups, STATE)),
+        inputs["D"],
+        None,
+        inputs["dt_bias"],
+        inputs.get("initial_states"),
+        dt_softplus=True,
+    )
+    y, gate = y.flatten(-2), F.silu(z)
+    if "rmsnorm_weight" not in inputs:
+        y = y * gate
+    else:
+        y = (y if norm_before_gate else y * gate).unflatten(-1, (groups, -1))
+        y = (y / torch.sqrt((y**2).mean(-1, keepdim=True) + 1e-6)).flatten(-2) * inputs["rmsnorm_weight"]
+        y = y * gate if norm_before_gate else y
+    if "outproj_weight" in inputs:
+        y = y @ inputs["outproj_weight"].T + inputs["outproj_bias"]
+    return y, states
+
+
 @pytest.mark.parametrize("groups", [1, 2, HEADS])
 @pytest.mark.parametrize("D", ["per head", "per channel"])
 @pytest.mark.parametrize("tail", ["gate", "norm", "projection"])
@@ -201,32 +234,20 @@ def test_fused_entry_equals_composition(groups, D, tail):
         norm_before_gate=False,
         return_final_states=True,
     )
+    assert_same(actual, composition(inputs, groups), inputs)
 
-    channels = len(inputs["conv1d_weight"])
-    z, xBC, dt = inputs["zxbcdt"].split([inner, channels, HEADS], dim=-1)
-    xBC = F.silu(
-        F.conv1d(F.pad(xBC.mT, (3, 0)), inputs["conv1d_weight"][:, None], inputs["conv1d_bias"], groups=channels)
-    ).mT
-    x, B, C = xBC.split([inner, groups * STATE, groups * STATE], dim=-1)
-    y, states = recurrence(
-        x.unflatten(-1, (HEADS, HEADDIM)),
-        dt,
-        inputs["A"],
-        B.unflatten(-1, (groups, STATE)),
-        C.unflatten(-1, (groups, STATE)),
-        inputs["D"],
-        None,
-        inputs["dt_bias"],
-        inputs["initial_states"],
-        dt_softplus=True,
-    )
-    y = y.flatten(-2) * F.silu(z)
-    if tail != "gate":
-        y = y.unflatten(-1, (groups, -1))
-        y = (y / torch.sqrt((y**2).mean(-1, keepdim=True) + 1e-6)).flatten(-2) * inputs["rmsnorm_weight"]
-    if tail == "projection":
-        y = y @ inputs["outproj_weight"].T + inputs["outproj_bias"]
-    assert_same(actual, (y, states), inputs)
+
+@pytest.mark.parametrize("chunk_size", [4, 128])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("norm_before_gate", [None, False, True])
+def test_fused_entry_without_states(norm_before_gate, activation, chunk_size):
+    """As in training: no state comes in or goes out, so that a sequence of one chunk needs none at all."""
+    inputs = fused_inputs(13, 2)
+    if norm_before_gate is not None:
+        inputs["rmsnorm_weight"] = leaf(HEADS * HEADDIM)
+    options = {"activation": activation, "norm_before_gate": bool(norm_before_gate)}
+    actual = mamba_split_conv1d_scan_combined(**inputs, chunk_size=chunk_size, headdim=HEADDIM, ngroups=2, **options)
+    assert_same([actual], composition(inputs, 2, **options)[:1], inputs)
 
 
 def test_packed_sequences_are_refused():

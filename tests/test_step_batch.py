@@ -174,15 +174,81 @@ def test_samples_that_cannot_be_cut_evenly_are_refused(num_samples):
         share.microbatches(make_batch(range(num_samples), ["images"]))
 
 
-def test_items_must_be_as_many_as_counted():
-    batch = make_batch(range(4), ["images"])
-    check_encoder_items(batch, ["images", "audio"])
-    num_images = len(batch["images"])
-    with pytest.raises(ValueError, match=f"{num_images - 1} images, but num_images adds up to {num_images}"):
-        check_encoder_items(batch | {"images": batch["images"][1:]}, ["images"])
-    del batch["num_images"]
-    with pytest.raises(ValueError, match="images but no num_images"):
-        check_encoder_items(batch, ["images"])
+@layouts
+@microbatching
+def test_bridged_lanes_agree_on_the_tokens_that_they_exchange(layout, num_microbatches):
+    batch_size = 2 * num_microbatches * max(module.dp for module in layout.modules.values())
+    encoders = [name for name in layout.modules if name != LANGUAGE]
+    token_ids = {name: 1000 + position for position, name in enumerate(encoders)}
+    lanes = {name: lanes_of(module) for name, module in layout.modules.items()}
+    for rank in range(layout.world_size):
+        share = StepShare(layout, rank, num_microbatches)
+        batch = make_batch(share.positions(batch_size), encoders)
+        batch["input_ids"] = places_of_items(batch["sample_id"].tolist(), token_ids)
+        counted = share.bridge_parts(batch, token_ids)
+        assert len(counted) == num_microbatches
+        for microbatch, parts in enumerate(counted):
+            assert parts.keys() == {name for name in encoders if rank in layout.modules[name].ranks}
+            for name in parts:
+                sides = {side: layout.modules[side] for side in (name, LANGUAGE)}
+                known = max(
+                    (
+                        blocks(batch_size, num_microbatches, side.dp)[microbatch][lanes[module][rank]]
+                        for module, side in sides.items()
+                        if rank in side.ranks
+                    ),
+                    key=len,
+                )
+                finest = blocks(batch_size, num_microbatches, max(side.dp for side in sides.values()))[microbatch]
+                assert parts[name] == [
+                    sum(2 * num_items(name, sample) for sample in block) for block in finest if set(block) <= set(known)
+                ]
+
+
+def places_of_items(sample_ids, token_ids):
+    """``input_ids`` in which every item has two places."""
+    input_ids = torch.zeros(len(sample_ids), 6 * len(token_ids), dtype=torch.long)
+    for row, sample in zip(input_ids, sample_ids, strict=True):
+        for name, token_id in token_ids.items():
+            row[torch.nonzero(row == 0)[: 2 * num_items(name, sample)]] = token_id
+    return input_ids
+
+
+def check(batch):
+    check_encoder_items(batch, {"images": 1000})
+
+
+@pytest.fixture
+def batch():
+    """Samples with 2, 3 and 2 items, and one without."""
+    assert [num_items("images", sample) for sample in range(4)] == [2, 3, 2, 0]
+    return make_batch(range(4), ["images"]) | {"input_ids": places_of_items(range(4), {"images": 1000})}
+
+
+def test_items_must_be_as_many_as_counted(batch):
+    check(batch)
+    with pytest.raises(ValueError, match="6 images, but num_images adds up to 7"):
+        check(batch | {"images": batch["images"][1:]})
+    with pytest.raises(ValueError, match=r"num_images has shape \[3\], but the batch has 4 samples"):
+        check(batch | {"num_images": batch["num_images"][:3]})
+
+
+@pytest.mark.parametrize("key", ["images", "num_images"])
+def test_items_and_counts_must_be_there_even_if_there_are_none(batch, key):
+    text = batch | {"input_ids": torch.zeros(4, 6), "images": batch["images"][:0], "num_images": torch.zeros(4)}
+    check(text)
+    del text[key]
+    with pytest.raises(ValueError, match=rf"the batch has no {key}, only .*'sample_id'.* must hold 0 items"):
+        check(text)
+
+
+def test_samples_have_places_if_and_only_if_they_have_items(batch):
+    batch["input_ids"][1] = 0
+    with pytest.raises(ValueError, match=r"sample 1 of this rank's 4 has 3 images, .* have 0 places .*\(token 1000\)"):
+        check(batch)
+    batch["input_ids"][[1, 3], 2] = 1000
+    with pytest.raises(ValueError, match=r"sample 3 of this rank's 4 has 0 images, .* have 1 places"):
+        check(batch)
 
 
 class Numbers(Dataset):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from datamodules import MockImageDataModule, collate
 from mimo_strategy import LayoutError, MimoHeteroStrategy, OptimizerConfig
 from mimo_strategy import ModuleParallel as P
-from mimo_strategy.checkpoint import load_shards
+from mimo_strategy.checkpoint import load_weights
 from mimo_strategy.launcher import CheckingLauncher
 from mimo_strategy.testing import RankError, run_on_ranks
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
@@ -248,7 +248,7 @@ def evaluate(strategy, start) -> dict[str, Any]:
 
     class Start(Callback):
         def on_validation_start(self, trainer, module):
-            load_shards(start, module.model, None)
+            load_weights(module.model, start)
 
         on_test_start = on_validation_start
 

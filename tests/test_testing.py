@@ -22,6 +22,25 @@ def test_results_come_in_rank_order():
     assert run_on_ranks(answer, 3, 10) == [(0, 3, 0, "3"), (10, 3, 1, "3"), (20, 3, 2, "3")]
 
 
+def test_ranks_run_on_the_accelerator_and_tensors_come_back_on_the_cpu(on_ranks, accelerator):
+    def answer():
+        device = torch.device("cpu" if accelerator == "cpu" else torch.cuda.current_device())
+        total = torch.tensor(dist.get_rank(), device=device)
+        dist.all_reduce(total)
+        return dist.get_backend(), str(device), total
+
+    backend, devices = {"cpu": ("gloo", ["cpu"] * 2), "gpu": ("nccl", ["cuda:0", "cuda:1"])}[accelerator]
+    results = on_ranks(answer, 2)
+    assert results == [(backend, device, 1) for device in devices]
+    assert {total.device.type for *_, total in results} == {"cpu"}
+
+
+def test_more_ranks_than_gpus_are_refused():
+    gpus = torch.cuda.device_count()
+    with pytest.raises(RuntimeError, match=f"{gpus + 1} ranks need {gpus + 1} GPUs, this machine has {gpus}"):
+        run_on_ranks(dist.get_rank, gpus + 1, accelerator="gpu")
+
+
 def test_ranks_leave_the_environment_of_the_test_as_it_is():
     before = dict(os.environ)
     run_on_ranks(lambda: os.environ.update(LEFT="behind"), 2)

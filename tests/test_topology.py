@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleParallel, ModuleSizes
 from mimo_strategy.testing import run_on_ranks
-from mimo_strategy.topology import ProcessGroups, Topology, build_grid, collect_groups
+from mimo_strategy.topology import Topology
 
 P = ModuleParallel
 
@@ -101,47 +101,6 @@ def test_every_field_holds_the_ranks_that_it_should(layout):
             name: expected_fields(module, rank) for name, module in layout.modules.items() if rank in module.ranks
         }
         assert found == expected
-
-
-@pytest.mark.parametrize("layout", ["apart-pipelined", "text-only-pipelined"], indirect=True)
-def test_expert_groups_are_of_the_same_ranks_and_stay_within_a_stage(layout):
-    def stages():
-        topology = Topology(layout)
-        if not topology.runs(LANGUAGE):
-            return None
-        groups = topology.groups[LANGUAGE]
-        within = {
-            field: ranks_of(getattr(groups, field)) for field in ("tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
-        }
-        return within, dist.get_process_group_ranks(groups.tp_ep_pp)
-
-    language = layout.modules[LANGUAGE]
-    for rank, found in enumerate(run_on_ranks(stages, layout.world_size)):
-        if rank not in language.ranks:
-            assert found is None
-            continue
-        within, across = found
-        stage = set(within.pop("tp_dp_cp"))
-        for field, ranks in within.items():
-            assert set(ranks) <= stage, field
-        assert len(across) == language.etp * language.ep * language.pp
-        assert not set(across) <= stage
-
-
-@layouts
-def test_a_grid_without_expert_view_has_no_expert_groups(layout):
-    def fields():
-        process_groups = ProcessGroups()
-        grid = build_grid(layout.modules[LANGUAGE], process_groups, expert_view=False)
-        found = {field: ranks_of(group) for field, group in vars(collect_groups(grid)).items()}
-        dist.barrier()
-        process_groups.destroy()
-        return found
-
-    for rank, found in enumerate(run_on_ranks(fields, layout.world_size)):
-        if rank in layout.modules[LANGUAGE].ranks:
-            expected = expected_fields(layout.modules[LANGUAGE], rank)
-            assert found == expected | dict.fromkeys([*EXPERT, "embd", "pos_embd"])
 
 
 @layouts

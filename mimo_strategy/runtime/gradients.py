@@ -7,6 +7,7 @@ from megatron.core.distributed.finalize_model_grads import (
     reset_model_temporary_tensors,
 )
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.runtime.model import HeteroMimoModel
@@ -30,6 +31,13 @@ def finalize_gradients(
             [module], num_tokens=None, pg_collection=topology.groups[name], force_all_reduce=force_all_reduce
         )
         module.scale_gradients(scale)
+
+
+def hold_frozen_routers(model: HeteroMimoModel) -> None:
+    """Let the expert biases of frozen routers be, which otherwise follow the tokens and not any gradient."""
+    for router in model.modules():
+        if isinstance(router, TopKRouter):
+            router.frozen_expert_bias = not router.weight.requires_grad
 
 
 def balance_experts(model: HeteroMimoModel, topology: Topology, num_tokens: torch.Tensor) -> None:

@@ -1,17 +1,19 @@
 """Build the MimoModel of a topology: on every rank, the modules that run there."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.mimo.config.base_configs import MimoModelConfig
+from megatron.core.models.mimo.config.role import ModuleLayout as RoleLayout
 from megatron.core.models.mimo.config.role import RankRole
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from mimo_strategy.layout import LANGUAGE, ModuleLayout
+from mimo_strategy.runtime.colocated_bridge import ColocatedBridge
 from mimo_strategy.runtime.seeding import ModuleRng
 from mimo_strategy.topology import Topology
 
@@ -29,9 +31,20 @@ class DescribesModules(Protocol):
 
 
 class HeteroMimoModel(MimoModel):
-    """``MimoModel`` whose modules draw from random streams of their own."""
+    """``MimoModel`` whose modules draw from random streams of their own, and whose lanes may differ in items.
+
+    Every lane runs its encoders in every microbatch, on a blank item where it has none. megatron-core 0.19.2 leaves
+    them out then, although the other lanes wait for this one: in the bridge, in a gradient reduction or parameter
+    gathering that overlaps with computation, in the collectives of the encoder itself. No item at all is more than
+    its attention can take.
+
+    Attributes:
+        bridge_parts: of the microbatch that is run next, the tokens to cross the bridge from each encoder of this
+            rank, see :meth:`.StepShare.bridge_parts`; ``None`` where one process has all lanes.
+    """
 
     def __init__(self, config: MimoModelConfig, topology: Topology, seed: int) -> None:
+        self.bridge_parts: Mapping[str, list[int]] | None = None
         self._pipelined_alone = not config.modality_submodules_spec and topology.layout.modules[LANGUAGE].pp > 1
         self.rngs = {
             name: ModuleRng(seed + _SEEDS_PER_MODULE * (position + 1), topology.groups[name])
@@ -61,6 +74,67 @@ class HeteroMimoModel(MimoModel):
         if self.role.has_language_module:
             with self.rngs[LANGUAGE].building():
                 self.language_model = build_module(self.mimo_config.language_model_spec)
+
+    def _build_colocated_communicators(self) -> None:
+        grids = self.mimo_config.module_to_grid_map
+        for name in self.mimo_config.modality_submodules_spec:
+            # The encoder's output is flat, [tokens, hidden].
+            self.colocated_comms[name] = ColocatedBridge(
+                grids[name], grids[LANGUAGE], name, LANGUAGE, dim_mapping={"b": 0, "h": 1}
+            )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        modality_inputs: Mapping[str, dict[str, dict[str, Any]]] | None = None,
+        blank: Collection[str] = (),
+    ) -> tuple[Any, None]:
+        """Run the modules of this rank on one microbatch.
+
+        Args:
+            input_ids: ``[samples, sequence]``.
+            position_ids: ``[samples, sequence]``.
+            labels: ``[samples, sequence]``; without them the last stage returns logits.
+            modality_inputs: keyword arguments by encoder of this rank and by its parts.
+            blank: the encoders whose inputs are blank; what they become is dropped.
+
+        Returns:
+            Output of the language model's stage, or by encoder the tokens ``[tokens, hidden]``; and ``None``.
+
+        Raises:
+            ValueError: if an encoder's items do not become as many tokens as the samples have places for.
+        """
+        tokens = {name: self._encode(name, modality_inputs[name], name in blank) for name in self.modality_submodules}
+        if self.language_model is None:
+            return tokens, None
+        if self.role.mode is RoleLayout.NON_COLOCATED:
+            tokens = self.input_tensors
+        return self._forward_language_module(input_ids, position_ids, None, None, labels, tokens)
+
+    def _encode(self, name: str, inputs: dict[str, dict[str, Any]], is_blank: bool) -> torch.Tensor:
+        """The tokens of an encoder; for its lane of the language model where that runs here too."""
+        tokens = self.modality_submodules[name](encoder_inputs=inputs)
+        if is_blank:
+            # still part of the graph: the encoder's gradients are zero, and not missing
+            tokens = tokens[:0]
+        if self.bridge_parts is None:
+            return tokens
+        parts = self.bridge_parts[name]
+        bridge = self.colocated_comms.get(name)
+        places = bridge.num_encoder_tokens(parts) if bridge else sum(parts)
+        if len(tokens) != places:
+            raise ValueError(
+                f"the {name} of a microbatch became {len(tokens)} tokens, but its input_ids have {places} places for "
+                f"them (token {self.special_token_ids[name]})"
+            )
+        if bridge:
+            return bridge.communicate(tokens, parts)
+        # megatron-core's bridge looks for it where it sends to several lanes
+        tokens._mimo_bridge_split_sizes = parts
+        return tokens
 
     def own_modules(self) -> dict[str, torch.nn.Module]:
         """The modules that run on this rank, by name, wrapped if they are."""

@@ -13,12 +13,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.overlay import Overlay
-from mimo_strategy.runtime.distributed_optimizer import distributed_optimizer_class
 from mimo_strategy.topology import Topology
 
 
@@ -53,11 +52,12 @@ def build_optimizer(
                 overlap_param_gather=ddp_config.overlap_param_gather,
             )
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
-            repaired = mock.patch.object(megatron_optimizer, "DistributedOptimizer", distributed_optimizer_class())
-            with repaired, _param_groups_of(topology.groups[name].intra_dist_opt):
+            with _param_groups_of(topology.groups[name].intra_dist_opt):
                 # The module's own, complete collection; get_mimo_optimizer derives one that leaves expt_tp out.
-                optimizer = megatron_optimizer.get_megatron_optimizer(
-                    config, [module], pg_collection=topology.groups[name], use_gloo_process_groups=False
+                optimizer = _without_stubs(
+                    megatron_optimizer.get_megatron_optimizer(
+                        config, [module], pg_collection=topology.groups[name], use_gloo_process_groups=False
+                    )
                 )
         infos[name] = ModuleOptimizerInfo(optimizer, grid, topology.groups.get(name), runs)
     first = next(iter(configs.values()))
@@ -146,6 +146,15 @@ def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler:
         growth_interval=config.loss_scale_window,
         hysteresis=config.hysteresis,
     )
+
+
+def _without_stubs(optimizer: ChainedOptimizer) -> ChainedOptimizer | None:
+    """The optimizers that have parameters on some rank of the module; ``None`` if it is frozen.
+
+    For frozen parameters megatron-core 0.19.2 makes stand-ins, which lack most of an optimizer's attributes.
+    """
+    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    return ChainedOptimizer(parts) if parts else None
 
 
 @contextmanager

@@ -75,6 +75,7 @@ class MimoRuntime:
         self.in_schedule = False
         self._reduced_loss: LossOutput | None = None
         self._expert_load: ExpertLoad | None = None
+        self._parameters_may_be_stale = False
         wrap_modules(model, topology, ddp_config, dtype)
         if topology.runs(LANGUAGE) and model.config.num_moe_experts:
             self._expert_load = ExpertLoad(
@@ -146,6 +147,11 @@ class MimoRuntime:
             self.model.zero_grad_buffer()
             if self._expert_load is not None:
                 self._expert_load.clear()
+            # FP32Optimizer makes main_grad a parameter's grad: the next backward would add to it twice
+            self.model.zero_grad()
+            self._parameters_may_be_stale = self._ddp_config.overlap_param_gather
+        else:
+            self.gather_parameters()
 
         def megatron_loss(microbatch, output):
             result = loss(output, microbatch)
@@ -156,7 +162,7 @@ class MimoRuntime:
             return result.sum, result.count.int(), {}
 
         def forward_step(microbatches, model):
-            microbatch = next(microbatches)
+            microbatch, model.bridge_parts = next(microbatches)
             return forward(microbatch), partial(megatron_loss, microbatch)
 
         microbatches = self._microbatches(batch)
@@ -173,12 +179,24 @@ class MimoRuntime:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
 
         def forward_step(microbatches, model):
-            microbatch = next(microbatches)
+            microbatch, model.bridge_parts = next(microbatches)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
+        self.gather_parameters()
         return self._schedule.run(forward_step, self._microbatches(batch), forward_only=True, collect_outputs=True)
 
-    def _microbatches(self, batch: Batch) -> list[Batch]:
+    def gather_parameters(self) -> None:
+        """Bring this rank's parameters up to date after an optimizer step.
+
+        With ``overlap_param_gather`` only the forward of the next training step gathers what other ranks updated;
+        whatever else reads the parameters must ask for it.
+        """
+        if self._parameters_may_be_stale:
+            for module in self.model.own_modules().values():
+                module.start_param_sync(force_sync=True)
+            self._parameters_may_be_stale = False
+
+    def _microbatches(self, batch: Batch) -> list[tuple[Batch, dict[str, list[int]]]]:
         language = self.model.config
         length, tp = batch["input_ids"].shape[1], language.tensor_model_parallel_size
         if language.sequence_parallel and length % tp:
@@ -186,7 +204,8 @@ class MimoRuntime:
                 f"sequences of {length} tokens cannot be cut over tp {tp} of {LANGUAGE}; pad them to "
                 f"{(length // tp + 1) * tp}"
             )
-        return self.share.microbatches(batch)
+        microbatches = self.share.microbatches(batch)
+        return list(zip(microbatches, self.share.bridge_parts(batch, self.model.special_token_ids), strict=True))
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""

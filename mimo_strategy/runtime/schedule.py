@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
-from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_without_interleaving,
 )
 
 from mimo_strategy.layout import LANGUAGE, Placement
+from mimo_strategy.runtime.model import HeteroMimoModel
+from mimo_strategy.runtime.pipeline_bridge import PipelineCommunicator
 from mimo_strategy.topology import Topology
 
 ForwardStep = Callable[[Iterator, torch.nn.Module], tuple[Any, Callable]]
@@ -32,24 +32,17 @@ class Schedule:
         topology: grids and groups. Creating a pipeline is collective over the world.
     """
 
-    def __init__(self, model: MimoModel, topology: Topology) -> None:
+    def __init__(self, model: HeteroMimoModel, topology: Topology) -> None:
         self.is_pipelined = (
             topology.layout.placement is Placement.NON_COLOCATED or topology.layout.modules[LANGUAGE].pp > 1
         )
         if self.is_pipelined:
-            encoders = [name for name in topology.grids if name != LANGUAGE]
-            communicator = MultiModulePipelineCommunicator(
-                topology.grids,
-                {name: [LANGUAGE] for name in encoders} | {LANGUAGE: []},
-                model.config,
-                dim_mapping={"s": 0, "b": 1, "h": 2},
-                module_output_ndim=dict.fromkeys(encoders, 2),
-            )
             _pipelined.add(self)
-            self.is_last_stage = communicator.is_pp_last_stage
+            self._communicator = PipelineCommunicator(topology, model)
+            self.is_last_stage = self._communicator.is_pp_last_stage
             self._forward_backward = partial(
                 forward_backward_pipelining_without_interleaving,
-                p2p_communicator=communicator,
+                p2p_communicator=self._communicator,
                 pg_collection=topology.schedule_groups,
             )
         else:
@@ -77,6 +70,8 @@ class Schedule:
         Returns:
             What the function returned for each microbatch, on the last stage; elsewhere an empty list.
         """
+        if self.is_pipelined:
+            self._communicator.begin_step()
         return self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iter(microbatches),

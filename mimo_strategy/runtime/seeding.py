@@ -4,9 +4,19 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    _get_cuda_rng_state,
+    _set_cuda_rng_state,
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 
 _SEEDS_PER_STAGE = 100
+# beyond the seeds of all modules and stages
+_SEEDS_PER_RESTART = 1_000_003
+
+# Name of the device's default generator among the streams; the others are megatron-core's names.
+_DEFAULT = "default"
 
 
 class ModuleRng:
@@ -15,6 +25,8 @@ class ModuleRng:
     megatron-core keeps one process-global tracker, seeded with one tensor-parallel and one expert-parallel rank.
     Colocated modules with different layouts would share it, and tensor-parallel shards of one could then be
     initialised alike. Here every module has its own states, which are the tracker's only while it is built or run.
+    So is the state of the device's default generator: an encoder's lanes may draw for different numbers of items, and
+    ranks of different encoder lanes may be tensor-parallel ones of one language lane, which must draw alike.
 
     Args:
         seed: the same on every rank; the coordinates of the rank are added as megatron-core does.
@@ -22,18 +34,13 @@ class ModuleRng:
     """
 
     def __init__(self, seed: int, groups: ProcessGroupCollection) -> None:
-        others = get_cuda_rng_tracker().get_states()
+        others = _streams()
         self._seed = seed + _SEEDS_PER_STAGE * groups.pp.rank()
+        self._groups = groups
+        self._is_active = False
         torch.manual_seed(self._seed)
-        model_parallel_cuda_manual_seed(
-            self._seed,
-            tp_rank=groups.tp.rank(),
-            ep_rank=groups.ep.rank(),
-            etp_rank=groups.expt_tp.rank(),
-            force_reset_rng=True,
-        )
-        self._states = get_cuda_rng_tracker().get_states()
-        get_cuda_rng_tracker().set_states(others)
+        self._states = self._seeded(self._seed)
+        _set_streams(others)
 
     @contextmanager
     def building(self):
@@ -44,7 +51,7 @@ class ModuleRng:
 
     @contextmanager
     def active(self):
-        """Let the tracker draw from this module's streams."""
+        """Let the tracker and the default generator draw from this module's streams."""
         others = self._enter()
         try:
             yield
@@ -61,13 +68,50 @@ class ModuleRng:
         """Leave the streams in the tracker, for whatever draws outside a module's own forward."""
         self._enter()
 
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """State of every stream, by name."""
+        return _streams() if self._is_active else dict(self._states)
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        """Go on from other states."""
+        self._states = states
+        if self._is_active:
+            _set_streams(states)
+
+    def restart(self, number: int) -> None:
+        """Start the streams anew: not as when they were built, and not as with any other ``number``."""
+        self.set_states(self._seeded(self._seed + _SEEDS_PER_RESTART * (number + 1)))
+
+    def _seeded(self, seed: int) -> dict[str, torch.Tensor]:
+        others = _streams()
+        model_parallel_cuda_manual_seed(
+            seed,
+            tp_rank=self._groups.tp.rank(),
+            ep_rank=self._groups.ep.rank(),
+            etp_rank=self._groups.expt_tp.rank(),
+            force_reset_rng=True,
+        )
+        states = _streams()
+        _set_streams(others)
+        return states
+
     def _enter(self) -> dict[str, torch.Tensor]:
-        tracker = get_cuda_rng_tracker()
-        others = tracker.get_states()
-        tracker.set_states(self._states)
+        others = _streams()
+        _set_streams(self._states)
+        self._is_active = True
         return others
 
     def _leave(self, others: dict[str, torch.Tensor]) -> None:
-        tracker = get_cuda_rng_tracker()
-        self._states = tracker.get_states()
-        tracker.set_states(others)
+        self._states = _streams()
+        self._is_active = False
+        _set_streams(others)
+
+
+def _streams() -> dict[str, torch.Tensor]:
+    return get_cuda_rng_tracker().get_states() | {_DEFAULT: _get_cuda_rng_state()}
+
+
+def _set_streams(states: dict[str, torch.Tensor]) -> None:
+    get_cuda_rng_tracker().set_states({name: state for name, state in states.items() if name != _DEFAULT})
+    _set_cuda_rng_state(states[_DEFAULT])

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -12,39 +11,58 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+
+Accelerator = Literal["cpu", "gpu"]
 
 
 class RankError(AssertionError):
     """A rank failed, or did not finish in time; the message holds the first failing rank's traceback."""
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Run ``function(*args)`` on ``world_size`` ranks over gloo and return what each returned, in rank order.
+def run_on_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    accelerator: Accelerator = "cpu",
+) -> list[Any]:
+    """Run ``function(*args)`` on ``world_size`` ranks and return what each returned, in rank order.
 
     The ranks are forked from this process, and so need not import anything again; this process must not have used
     threads of its own. Within ``function``, ``torch.distributed`` is initialised and Lightning takes its ranks from
     the environment.
 
     Args:
-        function: may be a closure; what it returns must pickle.
+        function: may be a closure; what it returns must pickle. Tensors come back on the CPU.
         world_size: number of ranks.
         args: passed to every rank.
         timeout: seconds after which all ranks are killed.
+        accelerator: ``cpu`` connects the ranks over gloo, ``gpu`` over NCCL, rank ``r`` on ``cuda:r``. This process
+            must not have used CUDA then. After ``import lightning`` it may ask ``torch.cuda.is_available()``, which
+            before would have initialised CUDA.
 
     Raises:
         RankError: if a rank raises or dies, or the time is up. All ranks have ended then.
+        RuntimeError: if this process cannot fork ranks any more, or has fewer GPUs than ranks.
     """
     if dist.is_initialized():
         raise RuntimeError("run_on_ranks forks ranks, so this process must not have torch.distributed initialised")
+    if accelerator == "gpu":
+        if torch.cuda.is_initialized():
+            raise RuntimeError("run_on_ranks forks ranks, so this process must not have CUDA initialised")
+        if torch.cuda.device_count() < world_size:
+            raise RuntimeError(
+                f"{world_size} ranks need {world_size} GPUs, this machine has {torch.cuda.device_count()}"
+            )
     torch.set_num_threads(1)
     fork = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
-            fork.Process(target=_run_rank, args=(function, args, rank, world_size, Path(folder), timeout))
+            fork.Process(target=_run_rank, args=(function, args, rank, world_size, Path(folder), timeout, accelerator))
             for rank in range(world_size)
         ]
         sys.stdout.flush()
@@ -58,7 +76,11 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
                 if process.is_alive():
                     process.kill()
                 process.join()
-        return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+        return [
+            # another process's tensors would initialise CUDA here
+            torch.load(Path(folder) / f"result-{rank}", map_location="cpu", weights_only=False)
+            for rank in range(world_size)
+        ]
 
 
 def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> None:
@@ -88,21 +110,30 @@ def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> Non
 
 
 def _run_rank(
-    function: Callable[..., Any], args: tuple, rank: int, world_size: int, folder: Path, timeout: float
+    function: Callable[..., Any],
+    args: tuple,
+    rank: int,
+    world_size: int,
+    folder: Path,
+    timeout: float,
+    accelerator: Accelerator,
 ) -> None:
     # what was imported is never garbage, and to look through it would copy its pages
     gc.freeze()
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
+        device = torch.device("cuda", rank) if accelerator == "gpu" else None
+        if device is not None:
+            torch.cuda.set_device(device)
         dist.init_process_group(
-            "gloo",
+            "gloo" if device is None else "nccl",
             init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
+            device_id=device,
         )
-        result = function(*args)
-        (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
+        torch.save(function(*args), folder / f"result-{rank}")
         if dist.is_initialized():
             # gloo connects ranks pair by pair: one that leaves early breaks those that still connect
             dist.barrier()

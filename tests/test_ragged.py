@@ -1,0 +1,286 @@
+"""Samples, lanes and microbatches may have any number of images, none included: training is that of one process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer, seed_everything
+from megatron.core.distributed import DistributedDataParallelConfig
+from torch.utils.data import DataLoader
+
+from datamodules import MockImageDataModule, collate
+from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
+from mimo_strategy import ModuleParallel as P
+from mimo_strategy.testing import RankError, Reference, Tolerances, run_on_ranks
+from modules import MambaMoEConfig, NemotronVLM, RadioConfig
+
+IMAGE_TOKEN, SKETCH_TOKEN = 2, 63
+BATCH_SIZE = 16
+
+# Images of each sample, a row per step. The halves of a row are its microbatches where there are two, and quarters of
+# rows and halves are lanes.
+NUM_IMAGES = [
+    # lanes without an image beside others, and none next to three
+    [0, 3, 0, 0, 1, 2, 3, 1, 0, 0, 0, 0, 2, 0, 1, 3],
+    # a microbatch without, then the whole batch, then the other microbatch
+    [0, 3, 1, 0, 2, 0, 0, 1, *[0] * 8],
+    [0] * 16,
+    [*[0] * 8, 3, 3, 0, 0, 0, 0, 1, 2],
+    [1, 0, 0, 0, 2, 3, 1, 0, 0, 0, 0, 1, 3, 3, 2, 1],
+]
+
+TOLERANCES = Tolerances(loss=2e-6, grad_norm=2e-6, update=1e-4)
+
+PLAIN = DistributedDataParallelConfig(use_distributed_optimizer=False)
+# buckets so small that each module has several
+OVERLAPPED = DistributedDataParallelConfig(
+    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=20_000
+)
+
+
+def make_module(module_class=NemotronVLM, **radio) -> NemotronVLM:
+    return module_class(
+        replace(RadioConfig.tiny(), **radio),
+        MambaMoEConfig.tiny(pattern="M*E-"),
+        image_token_id=IMAGE_TOKEN,
+        end_token_id=1,
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, adam_eps=1e-6),
+    )
+
+
+def make_samples(num_images=NUM_IMAGES):
+    """Samples with these numbers of images, one row after another."""
+    dataset = MockImageDataModule(
+        image_size=16,
+        tokens_per_image=RadioConfig.tiny().tokens_per_image,
+        images_per_sample=(0, 3),
+        seq_length=24,
+        vocab_size=SKETCH_TOKEN,
+        image_token_id=IMAGE_TOKEN,
+        batch_size=BATCH_SIZE,
+        num_samples=400,
+    ).train_dataset
+    with_images = [[], [], [], []]
+    for sample in dataset:
+        with_images[len(sample["images"])].append(sample)
+    return [with_images[number].pop() for row in num_images for number in row]
+
+
+def make_data() -> DataLoader:
+    return DataLoader(make_samples(), BATCH_SIZE, collate_fn=collate)
+
+
+@pytest.fixture(scope="module")
+def reference(accelerator, on_ranks):
+    return Reference(make_module, make_data, num_steps=len(NUM_IMAGES), accelerator=accelerator)
+
+
+def test_the_reference_trains_the_encoder_where_there_are_images(reference):
+    names = [name for name in reference.start if ".images." in name]
+    sizes = [[step.gradients[name].norm().item() for name in names] for step in reference.steps]
+    assert [min(gradients) > 0 for gradients in sizes] == [True, True, False, True, True]
+    assert max(sizes[2]) == 0
+
+
+COLOCATED = {
+    "equal": ({"images": P(dp=2), "language": P(dp=2)}, 2),
+    "fan-in": ({"images": P(dp=4), "language": P(tp=2, dp=2, ep=2)}, 4),
+    "fan-out": ({"images": P(tp=2, dp=2), "language": P(dp=4, ep=2)}, 4),
+}
+NON_COLOCATED = {
+    "dp1+dp2": ({"images": P(dp=1), "language": P(dp=2, rank_offset=1)}, 3),
+    "tp2+dp2": ({"images": P(tp=2, dp=1), "language": P(dp=2, rank_offset=2)}, 4),
+    "dp2+dp1": ({"images": P(dp=2), "language": P(dp=1, rank_offset=2)}, 3),
+    "dp2+tp2": ({"images": P(dp=2), "language": P(tp=2, dp=1, rank_offset=2)}, 4),
+    "dp4+dp2": ({"images": P(dp=4), "language": P(dp=2, rank_offset=4)}, 6),
+    "dp2+pp2": ({"images": P(dp=2), "language": P(pp=2, dp=1, rank_offset=2)}, 4),
+}
+LAYOUTS = COLOCATED | NON_COLOCATED
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_microbatches", "ddp"),
+    [
+        ("equal", 2, None),
+        ("equal", 1, OVERLAPPED),
+        ("fan-in", 1, None),
+        ("fan-in", 2, OVERLAPPED),
+        ("fan-out", 2, None),
+        ("fan-out", 1, OVERLAPPED),
+        ("dp1+dp2", 1, OVERLAPPED),
+        ("dp1+dp2", 2, None),
+        ("tp2+dp2", 2, None),
+        ("dp2+dp1", 1, None),
+        ("dp2+tp2", 2, PLAIN),
+        ("dp4+dp2", 2, OVERLAPPED),
+        ("dp2+pp2", 2, OVERLAPPED),
+        ("dp2+pp2", 4, None),
+    ],
+    ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
+)
+def test_training_is_that_of_one_process(reference, layout, num_microbatches, ddp):
+    modules, world_size = LAYOUTS[layout]
+    reference.assert_alike(MimoHeteroStrategy(modules, num_microbatches, ddp=ddp), world_size, tolerances=TOLERANCES)
+
+
+class TwoEncoders(NemotronVLM):
+    """Sees sketches beside images, with an encoder like that of images."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.special_token_ids = {"images": IMAGE_TOKEN, "sketches": SKETCH_TOKEN}
+
+    def module_sizes(self):
+        sizes = super().module_sizes()
+        return {"images": sizes["images"], "sketches": sizes["images"], "language": sizes["language"]}
+
+
+def with_sketches(batch):
+    """Of each sample's images all but the first become sketches."""
+    first = batch["num_images"].cumsum(0) - batch["num_images"]
+    is_sketch = torch.ones(len(batch["images"]), dtype=torch.bool)
+    is_sketch[first[batch["num_images"] > 0]] = False
+    tokens_per_image = RadioConfig.tiny().tokens_per_image
+    input_ids = batch["input_ids"]
+    places = (input_ids == IMAGE_TOKEN).cumsum(1) > tokens_per_image
+    return batch | {
+        "input_ids": torch.where(places & (input_ids == IMAGE_TOKEN), SKETCH_TOKEN, input_ids),
+        "images": batch["images"][~is_sketch],
+        "num_images": batch["num_images"].clamp(max=1),
+        "sketches": batch["images"][is_sketch],
+        "num_sketches": (batch["num_images"] - 1).clamp(min=0),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_encoders(accelerator, on_ranks):
+    def data():
+        return DataLoader(make_samples(), BATCH_SIZE, collate_fn=lambda chosen: with_sketches(collate(chosen)))
+
+    return Reference(lambda: make_module(TwoEncoders), data, num_steps=3, accelerator=accelerator)
+
+
+@pytest.mark.parametrize(
+    ("modules", "world_size"),
+    [
+        pytest.param({"images": P(dp=4), "sketches": P(tp=4), "language": P(tp=2, dp=2)}, 4, id="colocated"),
+        pytest.param(
+            {"images": P(dp=2), "sketches": P(dp=1, rank_offset=2), "language": P(dp=1, pp=2, rank_offset=3)},
+            5,
+            id="non-colocated",
+        ),
+    ],
+)
+def test_encoders_may_differ_in_layout_and_items(two_encoders, modules, world_size):
+    two_encoders.assert_alike(MimoHeteroStrategy(modules, 2), world_size, tolerances=TOLERANCES)
+
+
+class Answers(NemotronVLM):
+    """Generates for every batch that it is validated on."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.answers = []
+
+    def validation_step(self, batch, batch_idx):
+        self.answers.append(self.generate(batch, end_token_id=1).tokens.tolist())
+        return super().validation_step(batch, batch_idx)
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.train, self.val = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.train.append(outputs["loss"].item())
+
+    def on_validation_end(self, trainer, module):
+        self.val.append(trainer.callback_metrics["val_loss"].item())
+
+
+def fit(module, strategy, *data, **settings):
+    seed_everything(1, verbose=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **settings,
+    )
+    trainer.fit(module, *data)
+
+
+def train_and_validate(strategy):
+    module, losses = make_module(Answers), Losses()
+    val_data = DataLoader(make_samples(NUM_IMAGES[:2]), BATCH_SIZE, collate_fn=collate)
+    fit(
+        module,
+        strategy,
+        make_data(),
+        val_data,
+        max_steps=3,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        callbacks=[losses],
+    )
+    return losses.train, losses.val, module.answers
+
+
+def test_validation_and_generation_between_steps_are_those_of_one_process():
+    # without tensor parallelism weights start alike
+    modules, world_size = LAYOUTS["dp2+dp1"]
+    ((train, val, answers),) = run_on_ranks(train_and_validate, 1, "auto")
+    assert len(train) == len(val) == 3
+    assert len({tuple(answer) for answer in answers[-1]}) > 1
+    strategy = MimoHeteroStrategy(modules, 2)
+    for train_of_rank, val_of_rank, answers_of_rank in run_on_ranks(train_and_validate, world_size, strategy):
+        assert train_of_rank == pytest.approx(train, rel=TOLERANCES.loss)
+        assert val_of_rank == pytest.approx(val, rel=TOLERANCES.loss)
+        assert answers_of_rank == answers
+
+
+@pytest.mark.parametrize("layout", ["fan-in", "fan-out", "dp2+dp1"])
+@pytest.mark.parametrize(
+    ("num_images", "said"),
+    [
+        (
+            0,
+            r"sample \d of this rank's \d+ has 0 images, but its input_ids have 12 places for their tokens \(token 2\)",
+        ),
+        (2, r"the images of a microbatch became \d+ tokens, but its input_ids have \d+ places for them \(token 2\)"),
+    ],
+)
+def test_images_that_do_not_fill_their_places_end_all_ranks(layout, num_images, said):
+    modules, world_size = LAYOUTS[layout]
+
+    def train():
+        samples = make_samples(NUM_IMAGES[:1])
+        samples[7] = samples[1] | {"images": samples[1]["images"][:num_images]}
+        data = DataLoader(samples, BATCH_SIZE, collate_fn=collate)
+        fit(make_module(), MimoHeteroStrategy(modules, 2), data, max_steps=1)
+
+    with pytest.raises(RankError, match=said):
+        run_on_ranks(train, world_size)
+
+
+def test_ranks_that_share_a_lane_draw_alike_whatever_the_lanes_of_others_hold():
+    """RADIO draws crops for each image; here two of its lanes are the tensor parallel ranks of one language lane."""
+    modules, world_size = LAYOUTS["fan-in"]
+
+    def drawn():
+        module = make_module(random_position_crops=True)
+        fit(module, MimoHeteroStrategy(modules), make_data(), max_steps=1)
+        language = torch.rand(4).tolist()
+        with module.model.rngs["images"].active():
+            return language, torch.rand(4).tolist()
+
+    language, images = zip(*run_on_ranks(drawn, world_size), strict=True)
+    assert language[0] == language[1]
+    assert language[2] == language[3]
+    # the lanes drew for different numbers of images
+    assert len({tuple(draws) for draws in images}) > 1
