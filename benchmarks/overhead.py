@@ -34,14 +34,14 @@ OPTIMIZER = OptimizerConfig(lr=1e-4, clip_grad=1.0)
 
 
 def data() -> DigitsDataModule:
-    """Step batches of 32 sequences of 64 tokens."""
-    return DigitsDataModule(32, seq_length=64)
+    """Step batches of 64 sequences of 128 tokens."""
+    return DigitsDataModule(64, seq_length=128)
 
 
 def make_model() -> NemotronVLM:
-    """A model of which a step takes some tenths of a second."""
+    """A model of which a step takes about a second, as of a large one on GPUs: what is added does not grow with it."""
     words = data().vocabulary
-    language = MambaMoEConfig.tiny(pattern="M*E-ME", hidden_size=128, ffn_hidden_size=512)
+    language = MambaMoEConfig.tiny(pattern="M*E-ME", hidden_size=128, max_sequence_length=128)
     return NemotronVLM(RadioConfig.tiny(), language, words.image_token_id, words.end_token_id, optimizer=OPTIMIZER)
 
 
@@ -113,12 +113,17 @@ def main() -> None:
         ranks = run_on_ranks(measure, RANKS, layout, num_pairs, timeout=1200)
         ratio = statistics.median(strategy.clock / bare.clock for strategy, bare in ranks[0])
         bare = statistics.median(bare.clock for _, bare in ranks[0])
+        added = statistics.median(strategy.processor - bare.processor for rank in ranks for strategy, bare in rank)
         work = statistics.median(
             sum(strategy.processor for strategy, _ in pair) / sum(bare.processor for _, bare in pair)
             for pair in zip(*ranks, strict=True)
         )
         worst = max(worst, ratio)
-        print(f"{layout:14} {ratio:.3f} of {bare * 1e3:.0f} ms; processor {work:.3f}; {num_pairs} pairs", flush=True)
+        print(
+            f"{layout:14} {ratio:.3f} of {bare * 1e3:.0f} ms; processor {work:.3f}, {added * 1e3:.1f} ms a rank; "
+            f"{num_pairs} pairs",
+            flush=True,
+        )
     print(f"bar {BAR}")
     sys.exit(worst > BAR)
 
