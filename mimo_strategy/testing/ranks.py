@@ -121,6 +121,9 @@ def _run_rank(
     # what was imported is never garbage, and to look through it would copy its pages
     gc.freeze()
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", RANK=str(rank), WORLD_SIZE=str(world_size))
+    # torch renews a thread pool after a fork when it is first asked for, and gives none to whoever asks meanwhile: the
+    # first backward pass asks in one thread per GPU
+    torch.set_num_threads(1)
     try:
         device = torch.device("cuda", rank) if accelerator == "gpu" else None
         if device is not None:
