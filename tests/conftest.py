@@ -6,6 +6,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # GPUs would otherwise multiply in TF32, of 10 bits. The first is for cuBLAS and cuDNN, so also for Transformer Engine,
 # and must be there before they are loaded; the second is for the Triton kernels of mamba_ssm.
 os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+# Every rank is a new process, and would tune the Triton kernels again.
+os.environ["TRITON_CACHE_AUTOTUNING"] = "1"
 
 import psutil
 import pytest
