@@ -47,7 +47,7 @@ class StepDataModule(LightningDataModule):
         """Shuffled training samples; the order depends on the seed and the epochs this loader has served."""
         return DataLoader(
             self.train_dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             shuffle=True,
             num_workers=self.num_workers,
             collate_fn=collate,
@@ -56,7 +56,10 @@ class StepDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Held-out samples in dataset order."""
-        return DataLoader(self.val_dataset, self.batch_size, num_workers=self.num_workers, collate_fn=collate)
+        # by keyword: for prediction Lightning makes the loader again, with arguments of its own
+        return DataLoader(
+            self.val_dataset, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate
+        )
 
     def test_dataloader(self) -> DataLoader:
         """The same samples as `val_dataloader`."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy, ModuleParallel, OptimizerConfig
-from mimo_strategy.callbacks import ModuleSummary, Throughput
+from mimo_strategy.callbacks import Throughput
 from mimo_strategy.generation import Generation
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
@@ -67,10 +67,8 @@ def main() -> None:
         gradient_clip_val=1.0,
         limit_val_batches=0,
         log_every_n_steps=1,
-        enable_model_summary=False,
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         callbacks=[
-            ModuleSummary(),
             Throughput(),
             LearningRateMonitor(),
             ModelCheckpoint(folder, save_last=True, save_top_k=0),
@@ -133,7 +131,8 @@ def draw(folder: Path, trainer: Trainer, data: DigitsDataModule, answers: Collec
     words = data.vocabulary
     samples = []
     for generation in answers.generations:
-        for tokens, answer, index in zip(*generation, strict=True):
+        shown = (generation.tokens, generation.answers, generation.sample_ids)
+        for tokens, answer, index in zip(*shown, strict=True):
             item = data.val_dataset[int(index)]
             prompt = item["input_ids"][: item["prompt_length"]]
             samples.append(

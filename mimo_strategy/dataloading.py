@@ -1,15 +1,25 @@
-"""Give each rank its share of every step batch of a DataLoader."""
+"""Give each rank its share of every step batch of a loader."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+)
 
+from mimo_strategy.lightning_private import IndexBatchSampler
+from mimo_strategy.prediction import own_rows
 from mimo_strategy.step_batch import StepShare
 
 
@@ -25,6 +35,7 @@ class ShareSampler(Sampler[list[Any]]):
 
     Attributes:
         first: step batches to leave out when it is next iterated over.
+        step_batch: the real samples of the step batch that was yielded last, over all ranks.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, share: StepShare, *, pad_last: bool) -> None:
@@ -32,6 +43,7 @@ class ShareSampler(Sampler[list[Any]]):
         self.batch_size = batch_size
         self.drop_last = not pad_last
         self.first = 0
+        self.step_batch: list[int] = []
         self._positions = share.positions(batch_size)
 
     def __len__(self) -> int:
@@ -52,9 +64,55 @@ class ShareSampler(Sampler[list[Any]]):
             yield self._share(repeated, num_real=num_real)
 
     def _share(self, step_batch: list[int], num_real: int) -> list[Any]:
+        self.step_batch = step_batch[:num_real]
         if self.drop_last:
             return [step_batch[position] for position in self._positions]
         return [(step_batch[position], position >= num_real) for position in self._positions]
+
+
+class PredictedIndices(IndexBatchSampler):
+    """Tells Lightning's prediction writers the samples that a rank predicts, which are not those that it loads.
+
+    Args:
+        sampler: yields the rank's share.
+        rank: global rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, sampler: ShareSampler, rank: int, world_size: int) -> None:
+        super().__init__(sampler)
+        self._rank, self._world_size = rank, world_size
+
+    def __next__(self) -> list[Any]:
+        share = next(self._iterator)
+        step_batch = self._batch_sampler.step_batch
+        self.seen_batch_indices.append(step_batch[own_rows(len(step_batch), self._rank, self._world_size)])
+        return share
+
+
+class _ShareOfStream(IterableDataset):
+    """One rank's samples of every step batch of a stream that is the same on every rank."""
+
+    def __init__(self, stream: IterableDataset, batch_size: int, share: StepShare, *, pad_last: bool) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+        self._positions = share.positions(batch_size)
+        self._pad_last = pad_last
+
+    def __len__(self) -> int:
+        total = len(self._stream)
+        steps = -(-total // self._batch_size) if self._pad_last else total // self._batch_size
+        return steps * len(self._positions)
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = iter(self._stream)
+        while step_batch := list(islice(samples, self._batch_size)):
+            num_real = len(step_batch)
+            if num_real < self._batch_size and not self._pad_last:
+                return
+            for position in self._positions:
+                sample = step_batch[position % num_real]
+                yield (sample, position >= num_real) if self._pad_last else sample
 
 
 class _MarksPadding(Dataset):
@@ -103,51 +161,215 @@ class ShareDataLoader(DataLoader):
         self.batch_sampler.first = state["num_served"] % len(self)
 
 
-def share_dataloader(dataloader: DataLoader, share: StepShare, *, train: bool, seed_workers: bool) -> DataLoader:
-    """The loader of this rank's share of what ``dataloader`` would yield in one process.
+class StepLoader:
+    """Step batches from a source whose end is not known, or that makes batches in its own way.
 
-    In training an incomplete last step batch is dropped. Elsewhere it is padded, and batches get a key
-    ``is_padding`` ``[samples]``.
+    Before each of them ranks agree that all of them have one. Its state can be saved within an epoch: that of the
+    source if it has one, otherwise as many batches are passed over as were served.
 
     Args:
-        dataloader: yields whole step batches; its sampler must give the same order on every rank.
+        source: yields batches.
+        take: this rank's share of a batch, ``None`` for one to leave out.
+        agree: collective; raises if only some ranks have a batch.
+    """
+
+    def __init__(self, source: Iterable[Any], take: Callable[[Any], Any], agree: Callable[[bool, int], None]) -> None:
+        self._source = source
+        self._take = take
+        self._agree = agree
+        self._first = 0
+        self._saved: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self._first = self._first, 0
+        batches = iter(self._source)
+        if not self._source_has_state:
+            batches = islice(batches, first, None)
+        served = first
+        while True:
+            # Lightning fetches one batch ahead, so what is saved is from before the fetch
+            self._saved = self._state(served)
+            share = next((share for share in map(self._take, batches) if share is not None), None)
+            self._agree(share is not None, served)
+            if share is None:
+                self._saved = self._state(0)
+                return
+            served += 1
+            yield share
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._saved
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._first = state["num_served"]
+        if self._source_has_state:
+            self._source.load_state_dict(state["source"])
+
+    @property
+    def _source_has_state(self) -> bool:
+        return hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
+
+    def _state(self, num_served: int) -> dict[str, Any]:
+        state = {"num_served": num_served}
+        return state | {"source": self._source.state_dict()} if self._source_has_state else state
+
+
+class _ShareOfBatch:
+    """Takes this rank's samples of a batch that holds those of all ranks.
+
+    The first batch tells how many samples a step batch has. One with fewer is left out, or filled by repeating its
+    samples if ``pad_last``.
+    """
+
+    def __init__(self, share: StepShare, check: Callable[[int], None], *, pad_last: bool) -> None:
+        self._share = share
+        self._check = check
+        self._pad_last = pad_last
+        self._batch_size = 0
+
+    def __call__(self, batch: Any) -> dict[str, Any] | None:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise TypeError(f"a loader must yield dicts with input_ids, got {type(batch).__name__}")
+        num_real = len(batch["input_ids"])
+        self._batch_size = self._batch_size or num_real
+        if num_real < self._batch_size and not self._pad_last:
+            return None
+        batch_size = max(num_real, self._batch_size)
+        self._check(batch_size)
+        positions = self._share.positions(batch_size)
+        taken = _take_samples(batch, [position % num_real for position in positions], self._share.encoders)
+        if self._pad_last:
+            taken["is_padding"] = torch.tensor([position >= num_real for position in positions])
+        return taken
+
+
+def _take_samples(batch: Mapping[str, Any], positions: list[int], encoders: Iterable[str]) -> dict[str, Any]:
+    taken = {}
+    for name, value in batch.items():
+        rows = positions
+        if name in encoders:
+            ends = batch[f"num_{name}"].cumsum(0).tolist()
+            starts = [0, *ends]
+            rows = [item for position in positions for item in range(starts[position], ends[position])]
+        taken[name] = value[rows] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
+    return taken
+
+
+def share_dataloader(
+    dataloader: Iterable[Any],
+    share: StepShare,
+    *,
+    train: bool,
+    seed_workers: bool,
+    check: Callable[[int], None],
+    agree: Callable[[bool, int], None],
+    predicts: tuple[int, int] | None = None,
+) -> Iterable[Any]:
+    """The loader of this rank's share of what ``dataloader`` would yield in one process.
+
+    Of a map-style data set, a rank loads its samples only. A stream (``IterableDataset``) must be the same on every
+    rank, which passes over the samples of others. A loader that has a state of its own, batches in its own way or is
+    no ``DataLoader`` serves whole step batches on every rank, which cuts out its share.
+
+    In training an incomplete last step batch is dropped. Elsewhere it is padded, unless the loader drops it, and
+    batches get a key ``is_padding`` ``[samples]``.
+
+    Args:
+        dataloader: yields whole step batches; their order must be the same on every rank.
         share: this rank's share.
         train: whether the loader is for training.
         seed_workers: seed the workers by lane, so that ranks that load the same samples augment them alike.
+        check: raises if a number of samples makes no step batch.
+        agree: collective; raises if only some ranks have a further batch.
+        predicts: rank and world size, if the loader is for prediction.
 
     Raises:
-        ValueError: if the loader has no batch size, or not one step batch for training.
+        ValueError: if the loader has a distributed sampler, or not one step batch for training.
     """
-    if dataloader.batch_size is None:
-        raise ValueError("the DataLoader needs a batch_size: the samples of one optimizer step over all ranks")
-    sampler = ShareSampler(dataloader.sampler, dataloader.batch_size, share, pad_last=not train)
-    if len(sampler) == 0:
-        raise ValueError(
-            f"the data set's {len(dataloader.sampler)} samples do not fill one step batch of {dataloader.batch_size}"
-        )
-    worker_init = dataloader.worker_init_fn
-    if worker_init is None and seed_workers:
-        worker_init = partial(pl_worker_init_function, rank=share.lane)
-    workers = {}
+    pad_last = not train
+    if not isinstance(dataloader, DataLoader) or _is_custom(dataloader):
+        if isinstance(dataloader, DataLoader):
+            _seed_alike(dataloader, rank=0 if seed_workers else None)
+        return StepLoader(dataloader, _ShareOfBatch(share, check, pad_last=pad_last), agree)
+    pad_last &= not dataloader.drop_last
+    batch_size, sampler = _global_order(dataloader)
+    check(batch_size)
+    collate = partial(_collate_marked, dataloader.collate_fn) if pad_last else dataloader.collate_fn
+    settings = {
+        "collate_fn": collate,
+        "num_workers": dataloader.num_workers,
+        "pin_memory": dataloader.pin_memory,
+        "timeout": dataloader.timeout,
+        "generator": dataloader.generator or _generator(share.lane),
+    }
     if dataloader.num_workers > 0:
-        workers = {
+        worker_init = dataloader.worker_init_fn
+        if worker_init is None and seed_workers:
+            worker_init = partial(pl_worker_init_function, rank=share.lane)
+        settings |= {
             "prefetch_factor": dataloader.prefetch_factor,
             "persistent_workers": dataloader.persistent_workers,
             "multiprocessing_context": dataloader.multiprocessing_context,
             "worker_init_fn": worker_init,
         }
-    return ShareDataLoader(
-        dataloader.dataset if train else _MarksPadding(dataloader.dataset),
-        batch_sampler=sampler,
-        collate_fn=dataloader.collate_fn if train else partial(_collate_marked, dataloader.collate_fn),
-        num_workers=dataloader.num_workers,
-        pin_memory=dataloader.pin_memory,
-        timeout=dataloader.timeout,
-        generator=dataloader.generator or _generator_of_lane(share.lane),
-        **workers,
+    if isinstance(dataloader.dataset, IterableDataset):
+        stream = _ShareOfStream(dataloader.dataset, batch_size, share, pad_last=pad_last)
+        return StepLoader(DataLoader(stream, len(share.positions(batch_size)), **settings), _whole, agree)
+    batches = ShareSampler(sampler, batch_size, share, pad_last=pad_last)
+    if len(batches) == 0:
+        raise ValueError(f"the data set's {len(sampler)} samples do not fill one step batch of {batch_size}")
+    if predicts is not None:
+        batches = PredictedIndices(batches, *predicts)
+    dataset = _MarksPadding(dataloader.dataset) if pad_last else dataloader.dataset
+    return ShareDataLoader(dataset, batch_sampler=batches, **settings)
+
+
+def _is_custom(dataloader: DataLoader) -> bool:
+    """Whether samples do not come as ``DataLoader`` itself would fetch them."""
+    return (
+        type(dataloader).__iter__ is not DataLoader.__iter__
+        or hasattr(dataloader, "state_dict")
+        or (
+            dataloader.batch_size is None
+            and not isinstance(dataloader.batch_sampler, IndexBatchSampler)
+            and type(dataloader.batch_sampler) is not BatchSampler
+        )
     )
 
 
-def _generator_of_lane(lane: int) -> torch.Generator:
-    """Where the workers' seeds come from; ranks of one lane may have default generators in different states."""
+def _global_order(dataloader: DataLoader) -> tuple[int, Sampler[int]]:
+    """Size of a step batch, and the order of all samples, made the same on every rank."""
+    # Lightning wraps the batch sampler for prediction, and then the loader has no batch_size
+    source = dataloader if dataloader.batch_size is not None else dataloader.batch_sampler
+    sampler = source.sampler
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        raise ValueError(
+            f"the DataLoader has a DistributedSampler of {sampler.num_replicas} replicas, but the strategy shares the "
+            "samples of one global order itself: give it a plain sampler"
+        )
+    if isinstance(sampler, RandomSampler) and sampler.generator is None:
+        # it would draw its seed from the rank's default generator
+        sampler.generator = _generator(0)
+    return source.batch_size, sampler
+
+
+def _seed_alike(dataloader: DataLoader, rank: int | None) -> None:
+    """Let every rank draw the same order and the same worker seeds."""
+    if dataloader.generator is None:
+        dataloader.generator = _generator(0)
+    if isinstance(dataloader.sampler, RandomSampler) and dataloader.sampler.generator is None:
+        dataloader.sampler.generator = _generator(0)
+    if rank is not None and dataloader.worker_init_fn is None:
+        dataloader.worker_init_fn = partial(pl_worker_init_function, rank=rank)
+
+
+def _whole(batch: Any) -> Any:
+    return batch
+
+
+def _generator(lane: int) -> torch.Generator:
+    """Where random orders and workers' seeds come from; ranks may have default generators in different states."""
     return torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)) + lane)

@@ -1,10 +1,11 @@
 """Start the ranks as DDP does, after checking in one process what can be checked."""
 
 from collections.abc import Callable
-from typing import Any, override
+from typing import Any, NoReturn, override
 
 from lightning.pytorch import LightningModule, Trainer
 
+from mimo_strategy.failures import print_causes_once
 from mimo_strategy.lightning_private import SubprocessScriptLauncher
 
 
@@ -22,11 +23,37 @@ class CheckingLauncher(SubprocessScriptLauncher):
         self._check = check
         self._last_checkpoint = last_checkpoint
 
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return self.num_processes * self.num_nodes == 1
+
     @override
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         if args and isinstance(args[0], LightningModule):
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
             self._check(trainer, *args)
+            if self.cluster_environment.creates_processes_externally:
+                print_causes_once()
         args = [
             (self._last_checkpoint(trainer) or arg) if isinstance(arg, str) and arg == "last" else arg for arg in args
         ]
         return super().launch(function, *args, trainer=trainer, **kwargs)
+
+    @override
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        print_causes_once(self.procs)
+
+
+def refuse_launcher(start_method: str) -> NoReturn:
+    """Say why ranks are not started by ``start_method``.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"MimoHeteroStrategy does not start ranks from {start_method}: they would inherit CUDA, threads and random "
+        "states of this process, and could not return a model of which each holds another part. Put the Trainer in a "
+        "script and run it by `python`, `torchrun` or `srun`; a notebook can train with devices=1"
+    )

@@ -3,11 +3,19 @@
 from pathlib import Path
 
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE as IS_INTERACTIVE
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper as IndexBatchSampler
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 
-__all__ = ["SubprocessScriptLauncher", "checkpoint_folders", "init_dist_connection"]
+__all__ = [
+    "IS_INTERACTIVE",
+    "IndexBatchSampler",
+    "SubprocessScriptLauncher",
+    "checkpoint_folders",
+    "init_dist_connection",
+]
 
 
 def checkpoint_folders(trainer: Trainer) -> set[Path]:

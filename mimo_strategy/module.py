@@ -14,10 +14,13 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from mimo_strategy import metrics
+from mimo_strategy.batch_checks import check_form
 from mimo_strategy.checkpoint.weights import load_weights
-from mimo_strategy.generation import Generation, generate_greedily
+from mimo_strategy.generation import Generation, generate
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
+from mimo_strategy.prediction import Prediction, predict_own
 from mimo_strategy.runtime.gradients import balance_experts, hold_frozen_routers
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
@@ -139,6 +142,24 @@ class MimoModule(LightningModule):
         if mismatch.missing or mismatch.unexpected:
             rank_zero_warn(f"Loaded {path} without\n{mismatch}")
 
+    def check_batch(self, batch: Any) -> None:
+        """Check what a loader yielded, before it is moved to the device; extend it by what the modules expect.
+
+        Raises:
+            TypeError: for a part of the wrong type.
+            ValueError: for shapes or values that do not fit.
+        """
+        check_form(batch, self.special_token_ids)
+
+    def forward_flops(self, name: str, batch: Batch) -> float:
+        """Floating-point operations of a module's forward pass over a batch, on one device; optional.
+
+        Args:
+            name: one of :meth:`module_sizes`.
+            batch: of any number of samples; only its shapes may be read, its values may be on a busy device.
+        """
+        return 0.0
+
     def forward(self, batch: Batch, *, labels: torch.Tensor | None = None) -> Any:
         """Run the modules of this rank on one microbatch.
 
@@ -177,11 +198,34 @@ class MimoModule(LightningModule):
         """
         check_encoder_items(batch, self.special_token_ids)
         if self.runtime is not None:
-            return self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
+            loss = self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
+            self._log_reported(training=backward)
+            return loss
         loss = self.loss_step(self.forward_step(batch), batch)
+        for name, (total, count) in loss.metrics.items():
+            self.log(name, total / count, batch_size=max(1, int(count)))
         if backward:
             balance_experts(self.model, self.build_context.topology, loss.count)
         return loss
+
+    def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
+        """As Lightning's; within :meth:`forward_step` and :meth:`loss_step` the mean over microbatches and lanes.
+
+        Values are weighted by ``batch_size`` there, and every rank logs the same mean when the step is done.
+        """
+        if self.runtime is not None and self.runtime.in_schedule:
+            if args:
+                raise TypeError(f"self.log({name!r}, ...) in a schedule takes its settings by keyword")
+            metrics.collect(self.runtime, self, name, value, settings)
+        else:
+            super().log(name, value, *args, **settings)
+
+    def _log_reported(self, *, training: bool) -> None:
+        logs_parts = training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        for call in metrics.calls(self, self.runtime.reported, parts=logs_parts):
+            # weights matter to the mean of an epoch only; to read one waits for the device
+            weighted = not training or call.settings.get("on_epoch")
+            self.log(call.name, call.value, batch_size=max(1, int(call.batch_size)) if weighted else 1, **call.settings)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.step_loss(batch, backward=True).mean
@@ -196,13 +240,24 @@ class MimoModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if isinstance(optimizer, ModuleOptimizer) and optimizer.grad_norm is not None:
-            self.log("grad_norm", optimizer.grad_norm, batch_size=1)
+        if isinstance(optimizer, ModuleOptimizer):
+            for name, value in optimizer.last_step().items():
+                self.log(name, value, batch_size=1)
 
-    def generate(self, batch: Batch, *, end_token_id: int, max_new_tokens: int | None = None) -> Generation:
-        """Continue every sample's prompt greedily; see :func:`.generation.generate_greedily`."""
+    def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:
+        """Continue every sample's prompt; see :func:`.generation.generate` for ``settings``."""
         check_encoder_items(batch, self.special_token_ids)
-        return generate_greedily(self, batch, end_token_id=end_token_id, max_new_tokens=max_new_tokens)
+        return generate(self, batch, end_token_id=end_token_id, **settings)
+
+    def predict(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Prediction:
+        """Continue every sample's prompt and return this rank's part, for ``predict_step``.
+
+        It is decoded by the ``vocabulary`` or ``tokenizer`` of the Trainer's datamodule, if that has one.
+        """
+        generation = self.generate(batch, end_token_id=end_token_id, **settings)
+        datamodule = self.trainer.datamodule
+        decoder = getattr(datamodule, "vocabulary", getattr(datamodule, "tokenizer", None))
+        return predict_own(generation, self.trainer.global_rank, self.trainer.world_size, decoder)
 
     def make_optimizer(self, config: OptimizerConfig | Mapping[str, OptimizerConfig]) -> torch.optim.Optimizer:
         """Make the optimizer for ``configure_optimizers``, one parameter group per module, named after it.

@@ -5,12 +5,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer import OptimizerConfig
+
+from mimo_strategy.runtime.optimizer import HeteroOptimizer
 
 
 class ModuleOptimizer(torch.optim.Optimizer):
-    """One parameter group per module on every rank, named after it, in front of a ``MimoOptimizer``.
+    """One parameter group per module on every rank, named after it, in front of a ``HeteroOptimizer``.
 
     What a scheduler sets in a group (``lr``, ``weight_decay``) reaches megatron-core's groups of that module at the
     next step, times the multipliers that these have. Groups of modules that run elsewhere have no parameters.
@@ -24,11 +25,12 @@ class ModuleOptimizer(torch.optim.Optimizer):
         clip_grad: largest norm over all modules' gradients; 0 does not clip.
         grad_norm: norm over all modules' gradients at the last step; ``None`` if the step was skipped.
         num_updates: steps that were not skipped.
+        num_skipped: steps that were skipped, as gradients overflowed.
     """
 
     def __init__(
         self,
-        optimizer: MimoOptimizer,
+        optimizer: HeteroOptimizer,
         configs: Mapping[str, OptimizerConfig],
         parameters: Mapping[str, list[torch.nn.Parameter]],
     ) -> None:
@@ -47,6 +49,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
         self.clip_grad = 0.0
         self.grad_norm: float | None = None
         self.num_updates = 0
+        self.num_skipped = 0
 
     def step(self, closure=None):
         """Run ``closure``, which computes the gradients, then let megatron-core update; collective over the world."""
@@ -55,6 +58,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
         self._push_settings()
         updated, self.grad_norm, _ = self.megatron_optimizer.step()
         self.num_updates += updated
+        self.num_skipped += not updated
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -66,13 +70,31 @@ class ModuleOptimizer(torch.optim.Optimizer):
     def settings(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the sharded state: the groups without their parameters, and counts."""
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        return {"param_groups": groups, "num_updates": self.num_updates}
+        settings = {"param_groups": groups, "num_updates": self.num_updates, "num_skipped": self.num_skipped}
+        if self.megatron_optimizer.grad_scaler is not None:
+            settings["grad_scaler"] = self.megatron_optimizer.grad_scaler.state_dict()
+        return settings
 
     def load_settings(self, settings: dict[str, Any]) -> None:
         """Take over what :meth:`settings` returned."""
         for group, saved in zip(self.param_groups, settings["param_groups"], strict=True):
             group.update(saved)
         self.num_updates = settings["num_updates"]
+        self.num_skipped = settings["num_skipped"]
+        if self.megatron_optimizer.grad_scaler is not None and "grad_scaler" in settings:
+            self.megatron_optimizer.grad_scaler.load_state_dict(settings["grad_scaler"])
+
+    def last_step(self) -> dict[str, float | torch.Tensor]:
+        """What to log of the last step: norms of gradients, and under float16 loss scale and skipped steps so far."""
+        logged: dict[str, float | torch.Tensor] = {}
+        if self.grad_norm is not None:
+            logged["grad_norm"] = self.grad_norm
+            norms = self.megatron_optimizer.module_norms
+            logged.update((f"grad_norm/{name}", norm) for name, norm in norms.items())
+        if self.megatron_optimizer.grad_scaler is not None:
+            logged["loss_scale"] = self.megatron_optimizer.get_loss_scale().squeeze()
+            logged["skipped_steps"] = float(self.num_skipped)
+        return logged
 
     def _push_settings(self) -> None:
         for group in self.param_groups:

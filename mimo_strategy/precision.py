@@ -9,14 +9,24 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 
-_DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16}
+_DTYPES = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 
 
 class MegatronPrecision(Precision):
     """Precision of modules that megatron-core computes, reduces and updates itself.
 
     ``bf16-mixed`` and ``bf16-true`` both keep parameters and activations in bfloat16 and the optimizer's copy of
-    the parameters in float32; with ``bf16-mixed`` gradients are summed in float32 too.
+    the parameters in float32; with ``bf16-mixed`` gradients are summed in float32 too. ``16-mixed`` is that in
+    float16, with a loss scale that all modules share (see megatron-core's ``OptimizerConfig.initial_loss_scale``);
+    steps whose gradients overflow are skipped.
+
+    On a CPU Lightning replaces ``Trainer(precision="16-mixed")`` by ``bf16-mixed``; give it
+    ``plugins=MegatronPrecision("16-mixed")`` there.
 
     Args:
         precision: a precision of the Trainer.
@@ -25,7 +35,7 @@ class MegatronPrecision(Precision):
         ValueError: for a precision that is not supported.
     """
 
-    def __init__(self, precision: Literal["32-true", "bf16-true", "bf16-mixed"]) -> None:
+    def __init__(self, precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"]) -> None:
         if precision not in _DTYPES:
             raise ValueError(f"precision {precision!r} is not supported; choose one of {sorted(_DTYPES)}")
         self.precision = precision

@@ -29,6 +29,11 @@ class StepShare:
         layout: the resolved layout.
         rank: global rank.
         num_microbatches: microbatches per step.
+
+    Attributes:
+        lane: which part of a microbatch the rank loads.
+        num_lanes: parts of a microbatch.
+        encoders: names of the encoder modules.
     """
 
     def __init__(self, layout: Layout, rank: int, num_microbatches: int) -> None:
@@ -40,7 +45,7 @@ class StepShare:
         self.lane, self.num_lanes = min(self._lanes.values(), key=lambda lane: lane[1])
         self._language_dp = layout.modules[LANGUAGE].dp
         self._most_lanes = max(module.dp for module in layout.modules.values())
-        self._encoders = [name for name in layout.modules if name != LANGUAGE]
+        self.encoders = [name for name in layout.modules if name != LANGUAGE]
         self._num_microbatches = num_microbatches
 
     def positions(self, batch_size: int) -> list[int]:
@@ -65,7 +70,7 @@ class StepShare:
             )
         size = num_samples // self._num_microbatches
         return [
-            self._narrow_modules(narrow_samples(batch, start, size, self._encoders))
+            self._narrow_modules(narrow_samples(batch, start, size, self.encoders))
             for start in range(0, num_samples, size)
         ]
 
@@ -94,7 +99,7 @@ class StepShare:
             By microbatch and encoder, the number of tokens of each part.
         """
         microbatches: list[dict[str, list[int]]] = [{} for _ in range(self._num_microbatches)]
-        for name in self._encoders:
+        for name in self.encoders:
             if name not in self._lanes:
                 continue
             sides = [self._lanes[side] for side in (name, LANGUAGE) if side in self._lanes]
@@ -112,9 +117,9 @@ class StepShare:
         for name, (lane, dp) in self._lanes.items():
             lanes_loaded = dp // self.num_lanes
             size = len(loaded["input_ids"]) // lanes_loaded
-            part = narrow_samples(loaded, lane % lanes_loaded * size, size, self._encoders)
+            part = narrow_samples(loaded, lane % lanes_loaded * size, size, self.encoders)
             if name == LANGUAGE:
-                microbatch.update((key, value) for key, value in part.items() if key not in self._encoders)
+                microbatch.update((key, value) for key, value in part.items() if key not in self.encoders)
             elif name in loaded:
                 microbatch[name] = part[name]
         return microbatch

@@ -1,39 +1,46 @@
 """``MimoHeteroStrategy``: Lightning's verbs for a model whose modules have layouts of their own."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, override
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 from torch.distributed import ReduceOp
-from torch.utils.data import DataLoader
 
+from mimo_strategy import agreement
+from mimo_strategy.callbacks.summary import show_all_modules
 from mimo_strategy.checkpoint.directory import newest_whole, remove
 from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
+from mimo_strategy.checks import check_arguments, check_data, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
-from mimo_strategy.launcher import CheckingLauncher
+from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
-from mimo_strategy.lightning_private import checkpoint_folders, init_dist_connection
+from mimo_strategy.lightning_private import IS_INTERACTIVE, checkpoint_folders, init_dist_connection
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
-from mimo_strategy.runtime.runtime import MimoRuntime
+from mimo_strategy.preemption import Preemption
+from mimo_strategy.runtime.runtime import MimoRuntime, release_abandoned
 from mimo_strategy.step_batch import StepShare
 from mimo_strategy.topology import Topology
+from mimo_strategy.watchdog import Watchdog
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 # for all ranks to come to save after an exception, which may be one rank's alone
@@ -52,6 +59,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         num_microbatches: microbatches per step.
         ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module.
         timeout: for collectives; a rank that waits longer raises.
+        watchdog: after this time without progress, print which step, collective and ranks the run waits for;
+            ``None`` never does.
         async_save: write checkpoints while training goes on. One that fails then does so at the next save, or at the
             end.
         on_save_failure: whether to ``raise`` or ``warn`` when a checkpoint cannot be written. Earlier ones are kept.
@@ -68,22 +77,25 @@ class MimoHeteroStrategy(ParallelStrategy):
         num_microbatches: int = 1,
         ddp: DistributedDataParallelConfig | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        watchdog: timedelta | None = None,
         async_save: bool = False,
         on_save_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        if num_microbatches < 1:
-            raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+        check_arguments(modules, num_microbatches, ddp, timeout, watchdog)
         self._modules = modules
         self._num_microbatches = num_microbatches
         self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
         self._timeout = timeout
+        self._patience = watchdog
+        self._watchdog: Watchdog | None = None
         if on_save_failure not in get_args(OnFailure):
             raise ValueError(f"on_save_failure must be one of {get_args(OnFailure)}, got {on_save_failure!r}")
         self._async_save = async_save
         self._on_save_failure = on_save_failure
         self._writer: CheckpointWriter | None = None
         self._num_nodes = 1
+        self._layer_sync = None
         self.layout: Layout | None = None
         self.topology: Topology | None = None
         self.runtime: MimoRuntime | None = None
@@ -122,31 +134,18 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
+        if IS_INTERACTIVE and self.num_processes * self.num_nodes > 1:
+            refuse_launcher("a notebook or interactive session")
         self._launcher = CheckingLauncher(
             self._check, _last_checkpoint, self.cluster_environment, self.num_processes, self.num_nodes
         )
 
     def _check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
         """Refuse, before any process is started or group made, what cannot work; sets the layout."""
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but each batch is a whole optimizer "
-                "step already: use a larger batch_size and MimoHeteroStrategy(num_microbatches=...)"
-            )
-        if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            raise ValueError(
-                "gradient_clip_algorithm='value' is not supported: gradients are clipped by their norm over all modules"
-            )
-        if not isinstance(model, MimoModule):
-            raise TypeError(
-                f"MimoHeteroStrategy trains a mimo_strategy.MimoModule, got {type(model).__name__}; it must tell "
-                "of its modules by module_sizes, module_spec and encoder_inputs"
-            )
+        check_trainer(trainer)
+        check_module(model)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
-        for source in data:
-            batch_size = getattr(source, "batch_size", None)
-            if isinstance(batch_size, int):
-                self.layout.check_batch(batch_size, self._num_microbatches)
+        check_data(self.layout, self._num_microbatches, *data)
 
     @override
     def setup_environment(self) -> None:
@@ -160,6 +159,12 @@ class MimoHeteroStrategy(ParallelStrategy):
             timeout=self._timeout,
             device_id=None if on_cpu else self.root_device,
         )
+        agreement.on_equal("layout", f"\n{self.layout}")
+        agreement.on_equal("number of microbatches", self._num_microbatches)
+        agreement.on_equal("precision", self.precision_plugin.precision)
+        if self._patience is not None:
+            self._watchdog = Watchdog(self._patience)
+            self._watchdog.start()
         self._take_over(self.lightning_module)
         if self.topology is None:
             self.topology = Topology(self.layout)
@@ -183,10 +188,9 @@ class MimoHeteroStrategy(ParallelStrategy):
                 f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n"
                 "Save a checkpoint, make a new model and load it there."
             )
-        if self.runtime is not None and self.runtime is not runtime:
-            self.runtime.destroy()
         self.runtime = runtime
         self.topology = None
+        release_abandoned()
         if runtime is not None:
             self.topology = runtime.topology
             runtime.num_microbatches = self._num_microbatches
@@ -221,6 +225,9 @@ class MimoHeteroStrategy(ParallelStrategy):
             module.runtime = self.runtime
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            show_all_modules(trainer.callbacks)
+            if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
+                trainer.callbacks.append(Preemption())
             # while no rank can have failed yet
             self._checkpoint_writer()
         self.setup_precision_plugin()
@@ -239,15 +246,24 @@ class MimoHeteroStrategy(ParallelStrategy):
         return {"num_replicas": 1, "rank": 0}
 
     @override
-    def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
-        if dataloader.batch_size is not None:
-            self.layout.check_batch(dataloader.batch_size, self._num_microbatches)
-        return share_dataloader(
+    def process_dataloader(self, dataloader: Any) -> Any:
+        stage = self.lightning_module.trainer.state.stage
+        shared = share_dataloader(
             dataloader,
             StepShare(self.layout, self.global_rank, self._num_microbatches),
-            train=self.lightning_module.trainer.state.stage is RunningStage.TRAINING,
+            train=stage is RunningStage.TRAINING,
             seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
+            check=partial(self.layout.check_batch, num_microbatches=self._num_microbatches),
+            agree=agreement.on_next_batch,
+            predicts=(self.global_rank, self.world_size) if stage is RunningStage.PREDICTING else None,
         )
+        agreement.on_equal(f"number of step batches of the {stage.value} loader", sized_len(shared))
+        return shared
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        self.lightning_module.check_batch(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     # ---- checkpoints
 
@@ -333,6 +349,39 @@ class MimoHeteroStrategy(ParallelStrategy):
             writer, self._writer = self._writer, None
             writer.close(interrupted=self.lightning_module.trainer.interrupted)
 
+    # ---- steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter("training", self.lightning_module.trainer.global_step)
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating("validation", *args):
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating("test", *args):
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating("prediction", *args):
+            return super().predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self, phase: str, batch: Any, batch_idx: int = 0, *_: Any) -> Iterator[None]:
+        self._enter(phase, batch_idx)
+        # tensors that modules keep would be useless to a later fit
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def _enter(self, phase: str, step: int) -> None:
+        if self._watchdog is not None:
+            self._watchdog.enter(step, phase)
+
     # ---- collectives
 
     @override
@@ -365,6 +414,9 @@ class MimoHeteroStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         """Keeps model and groups for the Trainer's next call; moving the model would break its flat buffers."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
         self._close_writer()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -383,3 +435,7 @@ StrategyRegistry.register(
     # a package imported twice, once as __main__, must not fail
     override=True,
 )
+for method in ("spawn", "fork", "notebook"):
+    StrategyRegistry.register(
+        f"{MimoHeteroStrategy.strategy_name}_{method}", refuse_launcher, override=True, start_method=method
+    )

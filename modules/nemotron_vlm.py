@@ -1,7 +1,7 @@
 """A vision-language model: RADIO encoder, projector and Mamba-MoE language model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.optim.lr_scheduler import LambdaLR
 
-from mimo_strategy.generation import Generation
+from mimo_strategy.batch_checks import check_items, check_tokens
+from mimo_strategy.generation import Generation, Sampling
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.module import MimoModule
+from mimo_strategy.prediction import Prediction
 from mimo_strategy.step_batch import Batch
 from modules.mamba_moe import MambaMoE, MambaMoEConfig
 from modules.projector import Projector, ProjectorConfig
@@ -36,6 +38,10 @@ class NemotronVLM(MimoModule):
         optimizer: settings for all modules, or by module name.
         warmup_steps: steps over which the learning rate rises from 0. It then falls to a tenth, along a cosine over
             all steps of the Trainer.
+        stop_token_ids: further tokens that end a prediction.
+        max_new_tokens: tokens that prediction generates at most; ``None`` is as many as the longest answer of a step
+            batch has.
+        sampling: how prediction draws tokens; ``None`` takes the most likely one.
 
     Raises:
         ValueError: if one image does not fit in a sequence, or ``image_token_id`` is not in the vocabulary.
@@ -50,6 +56,9 @@ class NemotronVLM(MimoModule):
         projector: str = "affine",
         optimizer: OptimizerConfig | Mapping[str, OptimizerConfig] | None = None,
         warmup_steps: int = 0,
+        stop_token_ids: Collection[int] = (),
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         super().__init__()
         if radio.tokens_per_image >= language.max_sequence_length:
@@ -66,6 +75,9 @@ class NemotronVLM(MimoModule):
         self.end_token_id = end_token_id
         self.optimizer_config = optimizer or self.language.optimizer_config
         self.warmup_steps = warmup_steps
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
 
     def module_sizes(self) -> dict[str, ModuleSizes]:
         encoder, projector = self.encoder.sizes(), self.projector.sizes()
@@ -89,6 +101,25 @@ class NemotronVLM(MimoModule):
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         return {"radio": {"images": items}}
 
+    def forward_flops(self, name: str, batch: Batch) -> float:
+        if name == LANGUAGE:
+            return self.language.forward_flops(name, batch)
+        num_images = len(batch.get(IMAGES, ()))
+        tokens = num_images * self.encoder.config.tokens_per_image
+        return self.encoder.forward_flops(num_images) + self.projector.forward_flops(tokens)
+
+    def check_batch(self, batch: Any) -> None:
+        super().check_batch(batch)
+        radio, language = self.encoder.config, self.language.config
+        check_tokens(batch, language.vocab_size, language.max_sequence_length)
+        check_items(
+            batch,
+            IMAGES,
+            shape=(3, radio.image_height, radio.image_width),
+            token_id=self.special_token_ids[IMAGES],
+            tokens_per_item=radio.tokens_per_image,
+        )
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.optimizer_config)
         schedule = partial(
@@ -105,6 +136,16 @@ class NemotronVLM(MimoModule):
         exact = generation.is_exact().float()
         self.log("heldout_accuracy", exact.mean(), prog_bar=True, batch_size=len(exact), sync_dist=True)
         return generation
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+        """Answers for this rank's part of the step batch: see :class:`~mimo_strategy.prediction.Prediction`."""
+        return self.predict(
+            batch,
+            end_token_id=self.end_token_id,
+            stop_token_ids=self.stop_token_ids,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
 
 
 def warmup_then_cosine(step: int, *, warmup_steps: int, total_steps: float) -> float:

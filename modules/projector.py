@@ -50,6 +50,13 @@ class Projector(EncoderPart):
             return ModuleSizes(tp_divides={"projector output_size": self.config.output_size})
         return ModuleSizes(tp_divides={"projector ffn_hidden_size": self._ffn_hidden_size})
 
+    def forward_flops(self, num_tokens: int) -> float:
+        """Floating-point operations of matrix products for ``num_tokens``."""
+        config = self.config
+        if config.kind == "affine":
+            return 2.0 * num_tokens * config.input_size * config.output_size
+        return 2.0 * num_tokens * self._ffn_hidden_size * (config.input_size + config.output_size)
+
     def spec(self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype) -> ModuleSpec:
         config = transformer_config(
             layout,

@@ -112,6 +112,16 @@ class RadioEncoder(EncoderPart):
             }
         )
 
+    def forward_flops(self, num_images: int) -> float:
+        """Floating-point operations of matrix products for ``num_images``."""
+        config = self.config
+        width, patches = config.hidden_size, config.image_height * config.image_width // config.patch_size**2
+        tokens = patches + config.class_tokens
+        linear = 4 * width * width + 2 * width * config.ffn_hidden_size
+        layer = 2 * tokens * linear + 4 * tokens * tokens * width
+        embedding = 2 * patches * 3 * config.patch_size**2 * width
+        return float(num_images * (embedding + config.num_layers * layer))
+
     def spec(self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype) -> ModuleSpec:
         config = transformer_config(
             layout,

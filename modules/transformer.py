@@ -37,6 +37,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
         # Gradients of all modules are summed, then divided once by the step's token count.
         "calculate_per_token_loss": True,
         # Modules exchange tensors of different shapes. This in turn asks every module, dense ones too, for the

@@ -4,6 +4,7 @@ from typing import override
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities import rank_zero_only
 
 from mimo_strategy.layout import ModuleLayout
@@ -12,17 +13,24 @@ from mimo_strategy.runtime.runtime import MimoRuntime
 _COLUMNS = ("Module", "Ranks", "tp x cp x dp x pp", "etp x ep x edp", "Parameters", "Per rank", "Trainable")
 
 
-class ModuleSummary(Callback):
+class ModuleSummary(ModelSummary):
     """Prints, when fitting starts, every module with its layout and its number of parameters.
 
-    Lightning's own summary sees only what is built on the first rank; disable it with
-    ``Trainer(enable_model_summary=False)``.
+    The strategy puts it in the place of Lightning's own summary, which sees only what is built on the first rank.
+    ``Trainer(enable_model_summary=False)`` leaves it out.
     """
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         counts = count_parameters(pl_module.runtime)
         rank_zero_only(print)(_table(pl_module.runtime.topology.layout.modules, counts))
+
+
+def show_all_modules(callbacks: list[Callback]) -> None:
+    """Replace Lightning's summary, if it is among ``callbacks``."""
+    for position, callback in enumerate(callbacks):
+        if isinstance(callback, ModelSummary) and not isinstance(callback, ModuleSummary):
+            callbacks[position] = ModuleSummary()
 
 
 def count_parameters(runtime: MimoRuntime) -> dict[str, tuple[int, int, int]]:
@@ -64,7 +72,7 @@ def _table(layouts: dict[str, ModuleLayout], counts: dict[str, tuple[int, int, i
                 f"{layout.etp} x {layout.ep} x {layout.edp}",
                 f"{total:,}",
                 f"{per_rank:,}",
-                "all" if trainable == total else f"{trainable:,}",
+                {0: "frozen", total: "all"}.get(trainable, f"{trainable:,}"),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

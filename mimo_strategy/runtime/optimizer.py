@@ -1,9 +1,11 @@
 """Build megatron-core's optimizer of several modules."""
 
+import math
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import megatron.core.optimizer as megatron_optimizer
@@ -12,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.overlay import Overlay
@@ -43,6 +46,8 @@ def build_optimizer(
                 configs[name],
                 params_dtype=dtype,
                 bf16=dtype is torch.bfloat16,
+                fp16=dtype is torch.float16,
+                loss_scale=configs[name].loss_scale if dtype is torch.float16 else None,
                 use_distributed_optimizer=ddp_config.use_distributed_optimizer,
                 overlap_param_gather=ddp_config.overlap_param_gather,
             )
@@ -55,7 +60,92 @@ def build_optimizer(
                     )
                 )
         infos[name] = ModuleOptimizerInfo(optimizer, grid, topology.groups.get(name), runs)
-    return MimoOptimizer(infos, next(iter(configs.values())))
+    first = next(iter(configs.values()))
+    return HeteroOptimizer(infos, first, _grad_scaler(first) if dtype is torch.float16 else None)
+
+
+class HeteroOptimizer(MimoOptimizer):
+    """``MimoOptimizer`` that keeps the norm of each module's gradients, and one loss scale for all modules.
+
+    megatron-core 0.19.2 updates every module's loss scale by that module's own overflows, before modules tell each
+    other of them: their scales drift apart, while one loss is scaled for all of them.
+
+    Args:
+        module_infos: optimizers by module.
+        config: of the first module.
+        grad_scaler: scales the loss under float16, otherwise ``None``.
+
+    Attributes:
+        module_norms: norm of each module's gradients at the last step that was not skipped.
+    """
+
+    def __init__(
+        self,
+        module_infos: dict[str, ModuleOptimizerInfo],
+        config: OptimizerConfig,
+        grad_scaler: MegatronGradScaler | None,
+    ) -> None:
+        super().__init__(module_infos, config)
+        self.module_norms: dict[str, float] = {}
+        self.grad_scaler = grad_scaler
+        if grad_scaler is not None:
+            for optimizer in self._active_optimizers:
+                for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+                    part.grad_scaler = _FollowingScaler(grad_scaler)
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        found_inf = super().prepare_grads()
+        if self.grad_scaler is None:
+            return found_inf
+        anywhere = torch.full_like(self.grad_scaler.scale, found_inf)
+        torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+        found_inf = anywhere.item() > 0
+        self.grad_scaler.update(found_inf)
+        return found_inf
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float:
+        names = sorted(self.module_infos)
+        optimizers = [self.module_infos[name].optimizer for name in names]
+        norms = torch.tensor(
+            [(optimizer.get_grad_norm() or 0.0) if optimizer is not None else 0.0 for optimizer in optimizers],
+            device=self.get_loss_scale().device,
+        )
+        torch.distributed.all_reduce(norms, op=torch.distributed.ReduceOp.MAX)
+        self.module_norms = dict(zip(names, norms.tolist(), strict=True))
+        return math.hypot(*self.module_norms.values())
+
+    def get_loss_scale(self) -> torch.Tensor:
+        # the same on ranks whose modules are frozen
+        return super().get_loss_scale() if self.grad_scaler is None else self.grad_scaler.scale
+
+
+class _FollowingScaler:
+    """Shows a module's optimizer the loss scale of all; its own overflows do not change it."""
+
+    def __init__(self, scaler: MegatronGradScaler) -> None:
+        self._scaler = scaler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_scaler"], name)
+
+    def update(self, found_inf: bool) -> None:
+        """Left to :class:`HeteroOptimizer`."""
+
+
+def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler:
+    """As megatron-core makes one for each module."""
+    if config.loss_scale:
+        return ConstantGradScaler(config.loss_scale)
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+    )
 
 
 def _without_stubs(optimizer: ChainedOptimizer) -> ChainedOptimizer | None:

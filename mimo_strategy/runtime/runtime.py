@@ -1,5 +1,7 @@
 """Run training, evaluation and generation steps of a model of several modules."""
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,13 +13,28 @@ from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.runtime.data_parallel import wrap_modules
+from mimo_strategy.runtime.expert_load import ExpertLoad
 from mimo_strategy.runtime.gradients import finalize_gradients
-from mimo_strategy.runtime.loss import LossOutput, StepLoss
+from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.optimizer import build_optimizer
-from mimo_strategy.runtime.schedule import Schedule
+from mimo_strategy.runtime.schedule import Schedule, release_unused_bridges
+from mimo_strategy.runtime.step_sums import Reported, StepSums
 from mimo_strategy.step_batch import Batch, StepShare, gather_lanes
 from mimo_strategy.topology import Topology
+
+_alive: "weakref.WeakSet[MimoRuntime]" = weakref.WeakSet()
+# what holds groups of models that were collected
+_abandoned: list[Any] = []
+
+
+def release_abandoned() -> None:
+    """Destroy the process groups of models that nobody can reach any more; called where ranks are in step."""
+    if _alive or _abandoned:
+        gc.collect()
+    while _abandoned:
+        _abandoned.pop().destroy()
+    release_unused_bridges()
 
 
 class MimoRuntime:
@@ -30,6 +47,11 @@ class MimoRuntime:
         num_microbatches: microbatches per step.
         dtype: dtype of the parameters.
         device: device of this rank.
+
+    Attributes:
+        sums: what callbacks may add to, to be reduced with the loss of the next step.
+        reported: what ranks added to the last step, the same on every rank.
+        in_schedule: whether a step's schedule is running.
     """
 
     def __init__(
@@ -48,12 +70,23 @@ class MimoRuntime:
         self._ddp_config = ddp_config
         self._dtype = dtype
         self.device = device
-        self._step_loss = StepLoss(topology, device)
+        self.sums = StepSums(device)
+        self.reported: dict[str, Reported] = {}
+        self.in_schedule = False
         self._reduced_loss: LossOutput | None = None
+        self._expert_load: ExpertLoad | None = None
         self._parameters_may_be_stale = False
         wrap_modules(model, topology, ddp_config, dtype)
+        if topology.runs(LANGUAGE) and model.config.num_moe_experts:
+            self._expert_load = ExpertLoad(
+                model.language_model, topology.groups[LANGUAGE], model.config.num_moe_experts, device
+            )
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
+        _alive.add(self)
+        groups = (topology, *model.colocated_comms.values())
+        self._abandon = weakref.finalize(model, _abandoned.extend, groups)
+        self._abandon.atexit = False
 
     @property
     def num_microbatches(self) -> int:
@@ -65,6 +98,12 @@ class MimoRuntime:
         self._num_microbatches = num_microbatches
         self.share = StepShare(self.topology.layout, self.topology.rank, num_microbatches)
 
+    @property
+    def speaks_for_lane(self) -> bool:
+        """Whether this rank tells what all tensor parallel ranks of its lane know."""
+        groups = self.topology.groups
+        return groups.get(LANGUAGE, next(iter(groups.values()))).tp.rank() == 0
+
     def _configure_schedule(self) -> None:
         config = self.model.config
         config.finalize_model_grads_func = self._finalize
@@ -74,7 +113,9 @@ class MimoRuntime:
 
     def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> MimoOptimizer:
         """megatron-core's optimizer of all modules, from settings by module."""
-        return build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
+        optimizer = build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
+        self.model.config.grad_scale_func = _unscaled if optimizer.grad_scaler is None else optimizer.scale_loss
+        return optimizer
 
     def trainable_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
         """This rank's trainable parameters by module."""
@@ -101,10 +142,11 @@ class MimoRuntime:
         Returns:
             The loss of the whole step batch, the same on every rank.
         """
-        self._step_loss = StepLoss(self.topology, self.device)
         self._reduced_loss = None
         if backward:
             self.model.zero_grad_buffer()
+            if self._expert_load is not None:
+                self._expert_load.clear()
             # FP32Optimizer makes main_grad a parameter's grad: the next backward would add to it twice
             self.model.zero_grad()
             self._parameters_may_be_stale = self._ddp_config.overlap_param_gather
@@ -113,15 +155,25 @@ class MimoRuntime:
 
         def megatron_loss(microbatch, output):
             result = loss(output, microbatch)
-            self._step_loss.add(result)
+            if self.speaks_for_lane:
+                self.sums.add_loss(result)
+                for name, (total, count) in result.metrics.items():
+                    self.sums.add(name, total, count, {})
             return result.sum, result.count.int(), {}
 
         def forward_step(microbatches, model):
             microbatch, model.bridge_parts = next(microbatches)
             return forward(microbatch), partial(megatron_loss, microbatch)
 
-        self._schedule.run(forward_step, self._microbatches(batch), forward_only=not backward)
-        return self._reduced_loss or self._step_loss.reduce()
+        microbatches = self._microbatches(batch)
+        self.in_schedule = True
+        try:
+            self._schedule.run(forward_step, microbatches, forward_only=not backward)
+        finally:
+            self.in_schedule = False
+        reduced = self._reduced_loss or self.sums.reduce_loss()
+        self.reported = self.sums.reported()
+        return reduced
 
     def run_outputs(self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]) -> list:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
@@ -160,11 +212,15 @@ class MimoRuntime:
         return gather_lanes(values, self.topology, self._num_microbatches)
 
     def _finalize(self, models, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
-        self._reduced_loss = self._step_loss.reduce()
+        if self._expert_load is not None:
+            self._expert_load.add_to(self.sums, self._num_microbatches)
+        self._reduced_loss = self.sums.reduce_loss()
         finalize_gradients(self.model, self.topology, self._reduced_loss.count, force_all_reduce=bool(force_all_reduce))
 
     def destroy(self) -> None:
         """Destroy every process group; the runtime cannot be used afterwards."""
+        self._abandon.detach()
+        _alive.discard(self)
         self._schedule.destroy()
         self.model.destroy()
         self.topology.destroy()

@@ -1,10 +1,12 @@
 """Run a step's microbatches forward and backward, in the schedule that the layout needs."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -35,6 +37,7 @@ class Schedule:
             topology.layout.placement is Placement.NON_COLOCATED or topology.layout.modules[LANGUAGE].pp > 1
         )
         if self.is_pipelined:
+            _pipelined.add(self)
             self._communicator = PipelineCommunicator(topology, model)
             self.is_last_stage = self._communicator.is_pp_last_stage
             self._forward_backward = partial(
@@ -82,7 +85,21 @@ class Schedule:
         )
 
     def destroy(self) -> None:
-        """Destroy the groups of the bridges, which megatron-core keeps by class."""
-        if self.is_pipelined:
-            BridgeCommunicator.destroy_broadcast_pgs()
-            BridgeCommunicator.destroy_bridge_pgs()
+        """Give up the groups of the bridges, which megatron-core keeps by class, for all schedules alike."""
+        _pipelined.discard(self)
+        release_unused_bridges()
+
+
+_pipelined: "weakref.WeakSet[Schedule]" = weakref.WeakSet()
+
+
+def release_unused_bridges() -> None:
+    """Destroy the groups of bridges if no rank has a pipeline left that could use them; collective over the world.
+
+    All ranks must do so or none, as megatron-core makes only those groups again that it does not have.
+    """
+    in_use: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(in_use, bool(_pipelined))
+    if not any(in_use):
+        BridgeCommunicator.destroy_broadcast_pgs()
+        BridgeCommunicator.destroy_bridge_pgs()

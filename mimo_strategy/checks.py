@@ -1,0 +1,170 @@
+"""What cannot work, refused in one process before any rank starts: arguments, Trainer flags, callbacks and data."""
+
+import math
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    WeightAveraging,
+)
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from megatron.core.distributed import DistributedDataParallelConfig
+from torch.utils.data import DataLoader
+
+from mimo_strategy.layout import Layout, ModuleParallel
+from mimo_strategy.module import MimoModule
+
+_ACCUMULATION = "each batch is a whole optimizer step: use a larger batch_size and num_microbatches"
+_CALLBACKS = {
+    GradientAccumulationScheduler: _ACCUMULATION,
+    StochasticWeightAveraging: "it averages whole weights, of which every rank holds a shard",
+    WeightAveraging: "it copies the model before its modules are built, and a rank holds shards only",
+    BatchSizeFinder: "a batch_size must be a multiple of lanes x microbatches: try sizes in runs of their own",
+    LearningRateFinder: "it saves and restores a checkpoint file: try learning rates in runs of their own",
+    BaseFinetuning: "parameters are sorted into megatron-core's buffers once: set requires_grad in module_spec",
+    ModelPruning: "it masks whole weights, of which every rank holds a shard",
+    SpikeDetection: "it looks at a rank's own loss: monitor train_loss, which all ranks share",
+    ThroughputMonitor: "it counts a rank's samples times the world size: use mimo_strategy.callbacks.Throughput",
+}
+# The value that every setting of data parallelism must have, and why.
+_DDP_SETTINGS = {
+    "use_megatron_fsdp": (False, "modules are wrapped in DistributedDataParallel"),
+    "use_custom_fsdp": (False, "modules are wrapped in DistributedDataParallel"),
+    "num_distributed_optimizer_instances": (1, "a module's optimizer is sharded over all of its lanes"),
+    "average_in_collective": (False, "gradients are summed and divided by one token count of all modules"),
+    "fp8_param_gather": (False, "parameters are in the precision of the Trainer"),
+}
+
+
+def check_arguments(modules: Any, num_microbatches: Any, ddp: Any, timeout: Any, watchdog: Any) -> None:
+    """Check the arguments of the strategy.
+
+    Raises:
+        TypeError: for a value of the wrong type.
+        ValueError: for a value out of range.
+    """
+    if type(num_microbatches) is not int:
+        raise TypeError(f"num_microbatches must be a whole number, got {num_microbatches!r}")
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+    if modules is not None and not isinstance(modules, Mapping):
+        raise TypeError(f"modules must map names to ModuleParallel, got {modules!r}")
+    for name, parallel in (modules or {}).items():
+        if not isinstance(parallel, ModuleParallel):
+            raise TypeError(f"the layout of {name!r} must be a ModuleParallel, got {parallel!r}")
+    _check_time("timeout", timeout)
+    if watchdog is not None:
+        _check_time("watchdog", watchdog)
+    if ddp is None:
+        return
+    if not isinstance(ddp, DistributedDataParallelConfig):
+        raise TypeError(f"ddp must be a DistributedDataParallelConfig, got {ddp!r}")
+    for setting, (valid, why) in _DDP_SETTINGS.items():
+        value = getattr(ddp, setting)
+        if value != valid:
+            raise ValueError(f"ddp.{setting}={value!r} is not supported, only {valid!r}: {why}")
+    for setting, needed in (
+        ("overlap_param_gather", "use_distributed_optimizer"),
+        ("overlap_param_gather", "overlap_grad_reduce"),
+    ):
+        if getattr(ddp, setting) and not getattr(ddp, needed):
+            raise ValueError(f"ddp.{setting}=True needs ddp.{needed}=True, got {getattr(ddp, needed)}")
+
+
+def _check_time(name: str, value: Any) -> None:
+    if not isinstance(value, timedelta):
+        raise TypeError(f"{name} must be a timedelta, got {value!r}")
+    if value <= timedelta(0):
+        raise ValueError(f"{name} must be longer than nothing, got {value}")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Check flags and callbacks of the Trainer.
+
+    Raises:
+        ValueError: for a flag or callback that cannot work with sharded modules.
+    """
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but each batch is a whole optimizer "
+            "step already: use a larger batch_size and MimoHeteroStrategy(num_microbatches=...)"
+        )
+    if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        raise ValueError(
+            "gradient_clip_algorithm='value' is not supported: gradients are clipped by their norm over all modules"
+        )
+    clip = trainer.gradient_clip_val
+    if clip is not None and not 0 <= clip < math.inf:
+        raise ValueError(f"gradient_clip_val must be a finite norm of at least 0, got {clip}")
+    strategy = trainer.strategy
+    if strategy._layer_sync is not None:
+        raise ValueError("sync_batchnorm=True is not supported: megatron-core's modules have no batch norm")
+    if strategy._checkpoint_io is not None:
+        raise ValueError(
+            f"the plugin {type(strategy._checkpoint_io).__name__} is not supported: the strategy writes checkpoints "
+            "itself, every rank its shards"
+        )
+    for callback in trainer.callbacks:
+        for refused, why in _CALLBACKS.items():
+            if isinstance(callback, refused):
+                raise ValueError(f"the callback {type(callback).__name__} does not work here: {why}")
+
+
+def check_module(module: LightningModule) -> None:
+    """Check that the root module can be trained.
+
+    Raises:
+        TypeError: if it is no :class:`~mimo_strategy.module.MimoModule`.
+        ValueError: if it wants to optimize by itself.
+    """
+    if not isinstance(module, MimoModule):
+        raise TypeError(
+            f"MimoHeteroStrategy trains a mimo_strategy.MimoModule, got {type(module).__name__}; it must tell "
+            "of its modules by module_sizes, module_spec and encoder_inputs"
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__}.automatic_optimization is False, but a step with all of its backward passes runs "
+            "in one schedule: leave it True"
+        )
+
+
+def check_data(layout: Layout, num_microbatches: int, *sources: Any) -> None:
+    """Check the batch sizes that are known before ranks start.
+
+    Args:
+        layout: the resolved layout.
+        num_microbatches: microbatches per step.
+        sources: what ``Trainer.fit`` and the like were given: loaders, nested or not, and LightningDataModules.
+
+    Raises:
+        ValueError: if a step batch cannot be cut into microbatches and lanes.
+        TypeError: if a ``batch_size`` is no whole number.
+    """
+    for source in _leaves(sources):
+        batch_size = getattr(source, "batch_size", None)
+        if batch_size is None:
+            continue
+        if type(batch_size) is not int:
+            raise TypeError(f"batch_size of {type(source).__name__} must be a whole number, got {batch_size!r}")
+        layout.check_batch(batch_size, num_microbatches)
+
+
+def _leaves(source: Any) -> Iterator[Any]:
+    if isinstance(source, Mapping):
+        source = list(source.values())
+    if isinstance(source, list | tuple):
+        for part in source:
+            yield from _leaves(part)
+    elif isinstance(source, DataLoader) or hasattr(source, "batch_size"):
+        yield source

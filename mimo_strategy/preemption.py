@@ -1,0 +1,57 @@
+"""Signals that end a job, acted upon by all ranks at the end of the same step."""
+
+import signal
+from types import FrameType
+from typing import Any, override
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+_NAME = "_preempted"
+
+
+class Preemption(Callback):
+    """Delays Lightning's handlers of SIGTERM and of Slurm's requeue signal to the end of a step.
+
+    Lightning runs them wherever a rank happens to be, and both communicate: ranks that a signal interrupts at
+    different points, or of which only one gets it, would wait for each other forever. Here a rank notes the signal
+    and tells the others with the loss of its next step, after which all of them save and requeue, or stop.
+    """
+
+    def __init__(self) -> None:
+        self._received: set[int] = set()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._received.clear()
+        for number in _signals(trainer):
+            signal.signal(number, self._note)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for number in self._received:
+            pl_module.runtime.sums.add(f"{_NAME}/{number}", 1.0, 1)
+        self._received.clear()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        connector = trainer._signal_connector
+        for number in _signals(trainer):
+            if f"{_NAME}/{number}" not in pl_module.runtime.reported:
+                continue
+            if number == signal.SIGTERM:
+                # Lightning raises SIGTERMException after the batch
+                connector.received_sigterm = True
+            else:
+                connector._slurm_sigusr_handler_fn(number, None)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received.add(number)
+
+
+def _signals(trainer: Trainer) -> list[signal.Signals]:
+    environment = trainer.strategy.cluster_environment
+    requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    return [signal.SIGTERM, signal.Signals(environment.requeue_signal)] if requeues else [signal.SIGTERM]

@@ -1,0 +1,124 @@
+"""What a step adds up over microbatches and ranks: loss, metrics and counts, reduced over the world at once."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from mimo_strategy.runtime.loss import LossOutput
+
+_LOSS = "loss"
+
+
+class Reported(NamedTuple):
+    """A quantity of a step over all ranks.
+
+    Attributes:
+        sum: a scalar, or ``[parts]``.
+        count: what to divide by for the mean; a scalar.
+        settings: of ``LightningModule.log``; ``None`` for what is not logged.
+    """
+
+    sum: torch.Tensor
+    count: torch.Tensor
+    settings: Mapping[str, Any] | None
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Sum by count, in float32."""
+        return (self.sum / self.count).float()
+
+
+class _Quantity(NamedTuple):
+    """What all ranks must know of a quantity to reduce it: its number of parts, 0 for a scalar, and how to log it."""
+
+    parts: int
+    settings: Mapping[str, Any] | None
+
+
+class StepSums:
+    """Sums of one step after another. Any rank may add any quantity; ranks that add nothing add zero.
+
+    A step costs one all-reduce over the world. Only when some rank adds a quantity that not all know, all of them
+    exchange names and reduce once more.
+
+    Args:
+        device: device of this rank.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[str, _Quantity] = {_LOSS: _Quantity(0, None)}
+        self._own: dict[str, _Quantity] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._reduced: torch.Tensor | None = None
+
+    def add(
+        self,
+        name: str,
+        sum: torch.Tensor | float,
+        count: torch.Tensor | float,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add to a quantity of this step.
+
+        Args:
+            name: of the quantity.
+            sum: a scalar, or ``[parts]``.
+            count: a scalar.
+            settings: how to log it; the first ones of a name hold.
+        """
+        parts = torch.as_tensor(sum, dtype=torch.float64, device=self._device).detach()
+        count = torch.as_tensor(count, dtype=torch.float64, device=self._device).detach()
+        values = torch.cat((parts.reshape(-1), count.reshape(1)))
+        self._own.setdefault(name, _Quantity(len(parts) if parts.ndim else 0, settings))
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+    def add_loss(self, loss: LossOutput) -> None:
+        """Add the loss of one microbatch, on one rank of each lane's last stage."""
+        self.add(_LOSS, loss.sum, loss.count)
+
+    def reduce_loss(self) -> LossOutput:
+        """The loss of the step over all ranks; collective over the world. Reduces whatever else was added, too."""
+        own = self._sums.keys() - self._known.keys()
+        unknown = torch.full((1,), len(own), dtype=torch.float64, device=self._device)
+        self._reduced = torch.cat([unknown, *(self._values(name) for name in self._known)])
+        dist.all_reduce(self._reduced)
+        return LossOutput(self._reduced[1].float(), self._reduced[2].float())
+
+    def reported(self) -> dict[str, Reported]:
+        """All quantities that some rank added to this step, but the loss; waits for the device.
+
+        Collective over the world where a rank added one that not all know.
+        """
+        host = self._reduced.tolist()
+        if host[0]:
+            self._exchange_names()
+            self.reduce_loss()
+            host = self._reduced.tolist()
+        quantities, position = {}, 1
+        for name, (parts, settings) in self._known.items():
+            end = position + max(parts, 1)
+            if host[end] and name != _LOSS:
+                sums = self._reduced[position:end] if parts else self._reduced[position]
+                quantities[name] = Reported(sums, self._reduced[end], settings)
+            position = end + 1
+        self._sums.clear()
+        return quantities
+
+    def _values(self, name: str) -> torch.Tensor:
+        size = max(self._known[name].parts, 1) + 1
+        values = self._sums.get(name)
+        if values is None:
+            return torch.zeros(size, dtype=torch.float64, device=self._device)
+        if len(values) != size:
+            raise ValueError(f"the metric {name} has {len(values) - 1} parts here, but {size - 1} elsewhere")
+        return values
+
+    def _exchange_names(self) -> None:
+        everyone: list[dict[str, _Quantity]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, self._own)
+        for own in everyone:
+            for name, quantity in own.items():
+                self._known.setdefault(name, quantity)

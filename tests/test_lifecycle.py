@@ -1,0 +1,108 @@
+"""What Trainers leave behind in a process, and what a later one finds."""
+
+import gc
+import os
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from parity import Recorder, digits, make_trainer, vision_language
+from torch.distributed.distributed_c10d import _world
+from torch.utils.data import DataLoader, Subset
+
+from datamodules import collate
+from mimo_strategy import MimoHeteroStrategy
+from mimo_strategy import ModuleParallel as P
+from mimo_strategy.testing import run_on_ranks
+
+LAYOUTS = {
+    "colocated": {"images": P(dp=2), "language": P(tp=2)},
+    "non-colocated": {"images": P(dp=1), "language": P(dp=1, rank_offset=1)},
+}
+
+
+def data(number: int = 16) -> DataLoader:
+    return DataLoader(Subset(digits().train_dataset, range(number)), 8, collate_fn=collate)
+
+
+def held() -> tuple[int, int, int]:
+    """Process groups, threads and open files of this process."""
+    return len(_world.pg_map), threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trainers_one_after_another_leave_nothing_behind(layout, tmp_path):
+    def one():
+        model = vision_language("*")
+        trainer = make_trainer(MimoHeteroStrategy(LAYOUTS[layout]), max_steps=1, default_root_dir=tmp_path)
+        trainer.fit(model, data())
+        trainer.validate(model, data(), verbose=False)
+        return held(), weakref.ref(model)
+
+    def run():
+        seen, models = zip(*(one() for _ in range(4)), strict=True)
+        gc.collect()
+        return seen, [model() is None for model in models], sorted(path.name for path in Path(tmp_path).iterdir())
+
+    for seen, collected, files in run_on_ranks(run, 2):
+        # the first leaves what a process sets up once
+        assert seen[1] == seen[2] == seen[3]
+        assert seen[1][0] == seen[0][0] > 1
+        assert all(collected)
+        assert files == []
+
+
+def test_two_models_that_live_on_are_used_in_turn():
+    def run():
+        losses = []
+        pairs = [
+            (vision_language("*"), MimoHeteroStrategy(LAYOUTS[layout])) for layout in ("colocated", "non-colocated")
+        ]
+        recorders = [Recorder(), Recorder()]
+        trainers = [
+            make_trainer(strategy, max_steps=2, callbacks=[recorder], limit_val_batches=None)
+            for (_, strategy), recorder in zip(pairs, recorders, strict=True)
+        ]
+        for trainer, (model, _) in zip(trainers, pairs, strict=True):
+            trainer.fit(model, data())
+        for trainer, (model, _) in zip(trainers, pairs, strict=True):
+            losses.append(trainer.validate(model, data(), verbose=False)[0]["val_loss"])
+            trainer.fit_loop.epoch_loop.max_steps = 4
+            trainer.fit(model, data())
+        return losses, [len(recorder.steps.losses) for recorder in recorders]
+
+    ranks = run_on_ranks(run, 2)
+    assert ranks[0] == ranks[1]
+    assert ranks[0][1] == [4, 4]
+
+
+def test_a_model_is_not_built_again_for_the_next_verb():
+    def run():
+        model = vision_language("*")
+        trainer = make_trainer(MimoHeteroStrategy(LAYOUTS["non-colocated"]), max_steps=1)
+        built = []
+        for verb in (trainer.fit, trainer.validate, trainer.test, trainer.fit):
+            verb(model, data())
+            built.append((id(model.runtime), id(model.model), len(_world.pg_map)))
+        # a second Trainer goes on with it
+        make_trainer(MimoHeteroStrategy(LAYOUTS["non-colocated"]), max_steps=1).fit(model, data())
+        built.append((id(model.runtime), id(model.model), len(_world.pg_map)))
+        return built
+
+    for built in run_on_ranks(run, 2):
+        assert built == built[:1] * 5
+
+
+def test_no_group_outlives_the_process_group():
+    """So that a fresh one can be made."""
+
+    def run():
+        trainer = make_trainer(MimoHeteroStrategy(LAYOUTS["colocated"]), max_steps=1)
+        trainer.fit(vision_language("*"), data())
+        dist.barrier()
+        dist.destroy_process_group()
+        return len(_world.pg_map)
+
+    assert run_on_ranks(run, 2) == [0, 0]
