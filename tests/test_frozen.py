@@ -69,7 +69,7 @@ def make_data() -> DataLoader:
 
 
 @pytest.fixture(scope="module")
-def references(accelerator, on_ranks):
+def references(accelerator):
     return {
         name: Reference(partial(Frozen, name), make_data, num_steps=NUM_STEPS, accelerator=accelerator)
         for name in FROZEN
@@ -105,8 +105,9 @@ LAYOUTS = {
     ],
     ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
 )
-def test_training_is_that_of_one_process(references, frozen, layout, ddp):
+def test_training_is_that_of_one_process(require_ranks, references, frozen, layout, ddp):
     modules, world_size = LAYOUTS[layout]
+    require_ranks(world_size)
     references[frozen].assert_alike(MimoHeteroStrategy(modules, 2, ddp=ddp), world_size)
 
 

@@ -72,7 +72,7 @@ def make_data() -> DataLoader:
 
 
 @pytest.fixture(scope="module")
-def reference(accelerator, on_ranks):
+def reference(accelerator):
     return Reference(make_module, make_data, num_steps=len(NUM_IMAGES), accelerator=accelerator)
 
 
@@ -105,8 +105,9 @@ LAYOUTS = {
     ],
     ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
 )
-def test_training_is_that_of_one_process(reference, layout, num_microbatches, ddp):
+def test_training_is_that_of_one_process(require_ranks, reference, layout, num_microbatches, ddp):
     modules, world_size = LAYOUTS[layout]
+    require_ranks(world_size)
     reference.assert_alike(MimoHeteroStrategy(modules, num_microbatches, ddp=ddp), world_size, tolerances=TOLERANCES)
 
 
@@ -140,7 +141,7 @@ def with_sketches(batch):
 
 
 @pytest.fixture(scope="module")
-def two_encoders(accelerator, on_ranks):
+def two_encoders(accelerator):
     def data():
         return DataLoader(make_samples(), BATCH_SIZE, collate_fn=lambda chosen: with_sketches(collate(chosen)))
 
@@ -158,7 +159,8 @@ def two_encoders(accelerator, on_ranks):
         ),
     ],
 )
-def test_encoders_may_differ_in_layout_and_items(two_encoders, modules, world_size):
+def test_encoders_may_differ_in_layout_and_items(require_ranks, two_encoders, modules, world_size):
+    require_ranks(world_size)
     two_encoders.assert_alike(MimoHeteroStrategy(modules, 2), world_size, tolerances=TOLERANCES)
 
 
