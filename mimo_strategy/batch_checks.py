@@ -66,37 +66,25 @@ def check_tokens(batch: Mapping[str, torch.Tensor], vocab_size: int, max_sequenc
                     raise ValueError(f"{name} holds the id {value}, the vocabulary has the ids 0 to {vocab_size - 1}")
 
 
-def check_items(
-    batch: Mapping[str, Any], name: str, *, shape: tuple[int, ...], token_id: int, tokens_per_item: int
-) -> None:
+def check_items(batch: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> None:
     """Check an encoder's items, if the batch has any, against the encoder's sizes.
 
     Args:
         batch: of valid form.
         name: of the encoder.
         shape: of one item.
-        token_id: id whose positions the items' embeddings take.
-        tokens_per_item: positions that one item takes.
 
     Raises:
         TypeError: if items are no tensor of floating-point numbers.
-        ValueError: if shapes or the number of positions do not fit.
+        ValueError: if they have another shape.
     """
-    positions = (batch["input_ids"] == token_id).sum(dim=1)
-    items, counts = batch.get(name), batch.get(f"num_{name}")
+    items = batch.get(name)
     if items is None:
-        counts = torch.zeros_like(positions)
-    elif not isinstance(items, torch.Tensor) or not items.is_floating_point():
+        return
+    if not isinstance(items, torch.Tensor) or not items.is_floating_point():
         raise TypeError(f"{name} must be a tensor of floating-point numbers, got {_shown(items)}")
-    elif tuple(items.shape[1:]) != shape:
+    if tuple(items.shape[1:]) != shape:
         raise ValueError(f"{name} must be [{name}, {', '.join(map(str, shape))}], got shape {list(items.shape)}")
-    wrong = (positions != counts * tokens_per_item).nonzero()
-    if len(wrong):
-        sample = int(wrong[0])
-        raise ValueError(
-            f"sample {sample} of the batch has {int(positions[sample])} positions of token {token_id}, but its "
-            f"{int(counts[sample])} {name} x {tokens_per_item} tokens need {int(counts[sample]) * tokens_per_item}"
-        )
 
 
 def _shown(value: Any) -> str:

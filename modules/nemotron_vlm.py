@@ -112,13 +112,7 @@ class NemotronVLM(MimoModule):
         super().check_batch(batch)
         radio, language = self.encoder.config, self.language.config
         check_tokens(batch, language.vocab_size, language.max_sequence_length)
-        check_items(
-            batch,
-            IMAGES,
-            shape=(3, radio.image_height, radio.image_width),
-            token_id=self.special_token_ids[IMAGES],
-            tokens_per_item=radio.tokens_per_image,
-        )
+        check_items(batch, IMAGES, (3, radio.image_height, radio.image_width))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.optimizer_config)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
-from mimo_strategy.checkpoint import load_shards
+from mimo_strategy.checkpoint import load_weights
 from mimo_strategy.generation import Sampling
 from mimo_strategy.prediction import own_rows
 from mimo_strategy.testing import run_on_ranks
@@ -45,7 +45,7 @@ class Start(Callback):
         self._weights = weights
 
     def on_predict_start(self, trainer, module):
-        load_shards(self._weights, module.model, None)
+        load_weights(module.model, self._weights)
 
 
 class Writer(BasePredictionWriter):
