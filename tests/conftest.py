@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mimo_strategy.testing import run_on_ranks
-
-# Seconds. On a GPU every process compiles and tunes the kernels that it uses for the first time.
-RANKS_TIMEOUT = {"cpu": 120, "gpu": 600}
+from mimo_strategy.testing.ranks import DEFAULT_TIMEOUT
 
 
 def pytest_addoption(parser):
@@ -35,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "accelerator" in item.fixturenames:
                 # may start ranks three times: two for what it compares with
-                item.add_marker(pytest.mark.timeout(3 * RANKS_TIMEOUT["gpu"]))
+                item.add_marker(pytest.mark.timeout(3 * DEFAULT_TIMEOUT["gpu"]))
             else:
                 item.add_marker(pytest.mark.skip(reason="runs its ranks on CPUs only"))
 
@@ -62,7 +60,7 @@ def on_ranks(require_ranks, accelerator):
 
     def run(function, world_size, *args):
         require_ranks(world_size)
-        return run_on_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT[accelerator], accelerator=accelerator)
+        return run_on_ranks(function, world_size, *args, accelerator=accelerator)
 
     return run
 

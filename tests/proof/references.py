@@ -2,8 +2,6 @@
 
 from functools import cache, partial
 
-from conftest import RANKS_TIMEOUT
-
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy.testing import Comparison, Reference
 from proof.cells import Cell
@@ -20,10 +18,11 @@ def reference(
     accelerator: str = "cpu",
 ) -> Reference:
     """The training of a model on one process."""
-    where = {"accelerator": accelerator, "timeout": RANKS_TIMEOUT[accelerator]}
     if text:
-        return Reference(partial(text_only, experts=experts), text_loader, **where)
-    return Reference(partial(vision_language, experts=experts, frozen=frozen), partial(loader, data), **where)
+        return Reference(partial(text_only, experts=experts), text_loader, accelerator=accelerator)
+    return Reference(
+        partial(vision_language, experts=experts, frozen=frozen), partial(loader, data), accelerator=accelerator
+    )
 
 
 def reference_of(cell: Cell, accelerator: str = "cpu") -> Reference:
