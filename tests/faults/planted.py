@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.models.mimo.model.base import MimoModel
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.transformer.moe import moe_utils
 from proof.cells import Cell
@@ -23,6 +22,7 @@ from mimo_strategy import ModuleParallel as P
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.runtime.loss import LossOutput
+from mimo_strategy.runtime.optimizer import HeteroOptimizer
 from mimo_strategy.runtime.step_sums import StepSums
 from mimo_strategy.step_batch import StepShare
 
@@ -282,7 +282,7 @@ def norm_is_that_of_one_module(patch: MonkeyPatch) -> None:
     def norm(original, optimizer):
         return optimizer.module_infos["language"].optimizer.get_grad_norm()
 
-    wrap(patch, MimoOptimizer, "get_grad_norm", norm)
+    wrap(patch, HeteroOptimizer, "get_grad_norm", norm)
 
 
 @fault(LANES, "step 1, update")
