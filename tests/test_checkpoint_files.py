@@ -225,7 +225,7 @@ def test_another_model_is_told_all_that_differs(saved, changes, mismatches):
 
 def make(directory: Path, content: str) -> None:
     begin(directory)
-    unfinished = directory.with_name(f".unfinished-{directory.name}")
+    unfinished = directory.parent / ".unfinished" / directory.name
     files = write_file(unfinished / "content", lambda file: file.write(content.encode()))
     write_manifest(unfinished, files)
     publish(directory)
@@ -296,11 +296,13 @@ def test_a_checkpoint_killed_while_it_is_removed_is_not_found(tmp_path):
 
 
 def test_leftovers_of_earlier_runs_are_cleaned_up_and_others_are_not(tmp_path):
-    for name in (".unfinished-step=1.ckpt", ".unfinished-step=2.ckpt"):
-        (tmp_path / name).mkdir()
-    os.utime(tmp_path / ".unfinished-step=1.ckpt", (0, 0))
+    leftovers = tmp_path / ".unfinished"
+    for name in ("step=1.ckpt", "step=2.ckpt"):
+        (leftovers / name).mkdir(parents=True)
+    os.utime(leftovers / "step=1.ckpt", (0, 0))
     make(tmp_path / "step=3.ckpt", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {".unfinished-step=2.ckpt", "step=3.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == {".unfinished", "step=3.ckpt"}
+    assert {path.name for path in leftovers.iterdir()} == {"step=2.ckpt"}
 
 
 def test_the_newest_whole_one_is_found(tmp_path):
