@@ -8,7 +8,7 @@ import torch
 from torchmetrics import Metric
 
 from mimo_strategy.runtime.runtime import MimoRuntime
-from mimo_strategy.runtime.step_sums import Reported
+from mimo_strategy.runtime.step_sums import DETAIL, Reported
 
 # Of the settings of ``LightningModule.log``; the others say how ranks agree, which they do already.
 _KEPT = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
@@ -58,22 +58,24 @@ def collect(runtime: MimoRuntime, module: torch.nn.Module, name: str, value: Any
         runtime.sums.add(name, value * weight, weight, kept)
 
 
-def calls(module: torch.nn.Module, reported: dict[str, Reported], *, parts: bool) -> Iterator[LogCall]:
+def calls(module: torch.nn.Module, reported: dict[str, Reported], *, details: bool) -> Iterator[LogCall]:
     """What to log of a step.
 
     Args:
         module: root module.
         reported: of the step.
-        parts: whether to log quantities of many parts, one by one.
+        details: whether to log also what only loggers look at.
     """
     for name, quantity in reported.items():
         if quantity.settings is None:
             continue
         settings = dict(quantity.settings)
+        if settings.pop(DETAIL, False) and not details:
+            continue
         if _ATTRIBUTE in settings:
             yield LogCall(name, attrgetter(settings.pop(_ATTRIBUTE))(module), quantity.count, settings)
         elif quantity.sum.ndim == 0:
             yield LogCall(name, quantity.mean, quantity.count, settings)
-        elif parts:
+        else:
             for position, part in enumerate(quantity.mean):
                 yield LogCall(f"{name}/{position}", part, quantity.count, settings)

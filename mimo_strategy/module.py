@@ -221,8 +221,8 @@ class MimoModule(LightningModule):
             super().log(name, value, *args, **settings)
 
     def _log_reported(self, *, training: bool) -> None:
-        logs_parts = training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
-        for call in metrics.calls(self, self.runtime.reported, parts=logs_parts):
+        details = training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        for call in metrics.calls(self, self.runtime.reported, details=details):
             # weights matter to the mean of an epoch only; to read one waits for the device
             weighted = not training or call.settings.get("on_epoch")
             self.log(call.name, call.value, batch_size=max(1, int(call.batch_size)) if weighted else 1, **call.settings)
@@ -241,7 +241,9 @@ class MimoModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, ModuleOptimizer):
-            for name, value in optimizer.last_step().items():
+            # the step has been counted
+            details = self.trainer.global_step % self.trainer.log_every_n_steps == 0
+            for name, value in optimizer.last_step(details=details).items():
                 self.log(name, value, batch_size=1)
 
     def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:

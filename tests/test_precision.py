@@ -106,7 +106,7 @@ class Overflow(Callback):
             if info.optimizer is not None
             for part in getattr(info.optimizer, "chained_optimizers", [info.optimizer])
         ]
-        logged = optimizer.last_step()
+        logged = optimizer.last_step(details=False)
         weights = sum(value.double().abs().sum().item() for value in module.parameters())
         self.seen.append(
             (float(logged["loss_scale"]), logged["skipped_steps"], "grad_norm" in logged, set(inner), weights)

@@ -5,7 +5,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import Router
 
-from mimo_strategy.runtime.step_sums import StepSums
+from mimo_strategy.runtime.step_sums import DETAIL, StepSums
 
 
 class ExpertLoad:
@@ -42,10 +42,10 @@ class ExpertLoad:
         megatron-core sums a loss over the ranks of its ``reduce_group`` and averages it over lanes, microbatches and
         layers; the counts say so.
         """
-        sums.add("tokens_per_expert", self._tokens / self._copies, 1 / self._num_ranks, {})
+        sums.add("tokens_per_expert", self._tokens / self._copies, 1 / self._num_ranks, {DETAIL: True})
         for name, entry in get_moe_metrics_tracker().metrics.items():
             ranks = 1 if entry.reduce_group is None else entry.reduce_group.size()
-            sums.add(name, entry.values.sum(), num_microbatches * self._num_routers / ranks, {})
+            sums.add(name, entry.values.sum(), num_microbatches * self._num_routers / ranks, {DETAIL: True})
 
     def _count(self, router: Router, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         # not in evaluation, and not twice where activations are recomputed

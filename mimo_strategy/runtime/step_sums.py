@@ -8,6 +8,9 @@ import torch.distributed as dist
 
 from mimo_strategy.runtime.loss import LossOutput
 
+DETAIL = "detail"
+"""A setting of quantities that are logged only in steps that loggers write, as each call of ``log`` costs time."""
+
 _LOSS = "loss"
 
 
