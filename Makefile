@@ -28,7 +28,7 @@ test-all: setup ## run the tests, and many more of the same kind
 	$(VENV_PYTHON) -m pytest -q -m ""
 
 proof: setup ## compare layouts with one process and write docs/numerical_proof.md
-	$(VENV_PYTHON) -m pytest -q tests/proof --write-proof docs/numerical_proof.md
+	$(VENV_PYTHON) -m pytest -q tests/proof --write-proof=docs/numerical_proof.md
 
 lint: setup ## check style and format
 	$(VENV_PYTHON) -m ruff check

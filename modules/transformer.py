@@ -53,7 +53,8 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
-        "cross_entropy_loss_fusion": fused,
+        # upstream's rounds the gradient to bfloat16, whatever the model computes in
+        "cross_entropy_loss_fusion": fused and dtype is torch.bfloat16,
     }
     if recompute_layers:
         common |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from parity import BATCH_SIZE, OPTIMIZER, Recorder, digits, make_trainer
 from torch.utils.data import DataLoader, Subset
 
@@ -39,7 +39,7 @@ def model(*, random: bool = False, **changes: Any) -> NemotronVLM:
         changes["dropout"] = 0.1
     return NemotronVLM(
         replace(RadioConfig.tiny(), random_position_crops=random),
-        MambaMoEConfig.tiny(pattern=PATTERN, **changes),
+        MambaMoEConfig.tiny(**({"pattern": PATTERN} | changes)),
         image_token_id=vocabulary.image_token_id,
         end_token_id=vocabulary.end_token_id,
         optimizer=OPTIMIZER,
@@ -79,7 +79,7 @@ def fit(
         strategy,
         max_steps=MAX_STEPS,
         callbacks=[recorder, StopAfter(last), *callbacks],
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         use_distributed_sampler=True,
         **settings,
     )

@@ -6,6 +6,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # GPUs would otherwise multiply in TF32, of 10 bits. The first is for cuBLAS and cuDNN, so also for Transformer Engine,
 # and must be there before they are loaded; the second is for the Triton kernels of mamba_ssm.
 os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+# Every rank is a new process, and would tune the Triton kernels again.
+os.environ["TRITON_CACHE_AUTOTUNING"] = "1"
 
 import psutil
 import pytest
@@ -13,9 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mimo_strategy.testing import run_on_ranks
-
-# Seconds. On a GPU every process compiles and tunes the kernels that it uses for the first time.
-RANKS_TIMEOUT = {"cpu": 120, "gpu": 600}
+from mimo_strategy.testing.ranks import DEFAULT_TIMEOUT
 
 
 def pytest_addoption(parser):
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "accelerator" in item.fixturenames:
                 # may start ranks three times: two for what it compares with
-                item.add_marker(pytest.mark.timeout(3 * RANKS_TIMEOUT["gpu"]))
+                item.add_marker(pytest.mark.timeout(3 * DEFAULT_TIMEOUT["gpu"]))
             else:
                 item.add_marker(pytest.mark.skip(reason="runs its ranks on CPUs only"))
 
@@ -60,7 +60,7 @@ def on_ranks(require_ranks, accelerator):
 
     def run(function, world_size, *args):
         require_ranks(world_size)
-        return run_on_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT[accelerator], accelerator=accelerator)
+        return run_on_ranks(function, world_size, *args, accelerator=accelerator)
 
     return run
 

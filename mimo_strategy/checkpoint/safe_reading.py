@@ -85,5 +85,7 @@ def read_object(path: Path, *, offset: int = 0, length: int = -1) -> Any:
         with path.open("rb") as file:
             file.seek(offset)
             return torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path} cannot be read: it holds more than tensors and plain values") from None
     except Exception as error:  # a damaged file raises anything
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None

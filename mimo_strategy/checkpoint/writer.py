@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from mimo_strategy.checkpoint import directory as directories
 from mimo_strategy.checkpoint.errors import SaveError
@@ -50,6 +52,7 @@ class CheckpointWriter:
         self._pending: Future | None = None
         self._staged: dict[tuple, torch.Tensor] = {}
         self._is_first = dist.get_rank() == 0
+        self._num_meetings = 0
         self._last_failed = False
         self._unwanted: list[Path] = []
 
@@ -100,10 +103,19 @@ class CheckpointWriter:
             SaveError: if they do not come in time.
         """
         self.drain()
-        try:
-            dist.monitored_barrier(self._group, timeout)
-        except RuntimeError as error:
-            raise SaveError(f"rank {dist.get_rank()} saves no checkpoint, as not all ranks do: {error}") from None
+        # through the store: a barrier that is given up would keep its group busy
+        self._num_meetings += 1
+        ranks = range(dist.get_world_size())
+        here = dist.PrefixStore(f"checkpoint-{self._group.group_name}-{self._num_meetings}", _get_default_store())
+        here.set(str(dist.get_rank()), "")
+        with suppress(RuntimeError):
+            here.wait([str(rank) for rank in ranks], timeout)
+        missing = [rank for rank in ranks if not here.check([str(rank)])]
+        if missing:
+            # not while another error is handled: what the ranks failed of is to be seen with it
+            raise SaveError(
+                f"rank {dist.get_rank()} saves no checkpoint: ranks {missing} have not come to save it within {timeout}"
+            )
 
     def close(self, *, interrupted: bool = False) -> None:
         """Wait for what is being written, then give up thread, group and buffers.
@@ -146,12 +158,12 @@ class CheckpointWriter:
             self._agree(self._finish, directory, gathered, lightning)
         except SaveError as error:
             self._last_failed = True
-            raise SaveError(f"{directory} could not be saved. {error}") from None
+            raise SaveError(f"{directory} could not be saved: {error}") from None
         except RuntimeError as error:
             # of the process group: a rank has gone
             self._last_failed = True
             raise SaveError(
-                f"{directory} could not be saved. Rank {dist.get_rank()} lost the others: {error}"
+                f"{directory} could not be saved: rank {dist.get_rank()} lost the others: {error}"
             ) from None
         self._last_failed = False
         if self._is_first:
@@ -247,12 +259,15 @@ def _serialized(lightning_state: dict[str, Any]) -> bytes | Exception:
     stream = io.BytesIO()
     try:
         torch.save(lightning_state, stream)
-        stream.seek(0)
-        torch.load(stream, weights_only=True)
     except Exception as error:
+        return error
+    stream.seek(0)
+    unsafe = get_unsafe_globals_in_checkpoint(stream)
+    if unsafe:
         return TypeError(
-            "what Lightning keeps (hyper-parameters, callbacks, ...) must load without running code: tensors and plain "
-            f"values, or classes named by torch.serialization.add_safe_globals. {error}"
+            "what Lightning keeps (hyper-parameters, callbacks, ...) must load without running code, but it holds "
+            f"{', '.join(sorted(unsafe))}; keep plain values and tensors, or allow the classes, before saving and "
+            "loading, by torch.serialization.add_safe_globals"
         )
     return stream.getvalue()
 
@@ -263,4 +278,4 @@ def _write_config(unfinished: Path) -> Files:
 
 
 def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, SaveError) else f"{type(error).__name__}: {error}"

@@ -58,7 +58,7 @@ class Reference:
         num_steps: optimizer steps.
         gradient_clip_val: as ``Trainer`` takes it.
         accelerator: where one process and ranks run.
-        timeout: seconds that any of the trainings may take.
+        timeout: seconds that any of the trainings may take; ``None`` is as for :func:`run_on_ranks`.
 
     Attributes:
         start: weights that every training starts from, by name.
@@ -73,7 +73,7 @@ class Reference:
         num_steps: int = 3,
         gradient_clip_val: float = 1.0,
         accelerator: Literal["cpu", "gpu"] = "cpu",
-        timeout: float = 120.0,
+        timeout: float | None = None,
     ) -> None:
         self._make_module = make_module
         self._make_data = make_data

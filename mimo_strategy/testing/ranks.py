@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 Accelerator = Literal["cpu", "gpu"]
 
+# Seconds. On a GPU every process compiles and tunes the kernels that it uses for the first time.
+DEFAULT_TIMEOUT = {"cpu": 120.0, "gpu": 600.0}
+
 
 class RankError(AssertionError):
     """A rank failed, or did not finish in time; the message holds the first failing rank's traceback."""
@@ -27,7 +30,7 @@ def run_on_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float | None = None,
     accelerator: Accelerator = "cpu",
 ) -> list[Any]:
     """Run ``function(*args)`` on ``world_size`` ranks and return what each returned, in rank order.
@@ -40,7 +43,7 @@ def run_on_ranks(
         function: may be a closure; what it returns must pickle. Tensors come back on the CPU.
         world_size: number of ranks.
         args: passed to every rank.
-        timeout: seconds after which all ranks are killed.
+        timeout: seconds after which all ranks are killed; ``None`` is 120 on CPUs and 600 on GPUs.
         accelerator: ``cpu`` connects the ranks over gloo, ``gpu`` over NCCL, rank ``r`` on ``cuda:r``. This process
             must not have used CUDA then. After ``import lightning`` it may ask ``torch.cuda.is_available()``, which
             before would have initialised CUDA.
@@ -58,6 +61,8 @@ def run_on_ranks(
             raise RuntimeError(
                 f"{world_size} ranks need {world_size} GPUs, this machine has {torch.cuda.device_count()}"
             )
+    if timeout is None:
+        timeout = DEFAULT_TIMEOUT[accelerator]
     torch.set_num_threads(1)
     fork = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -121,6 +126,9 @@ def _run_rank(
     # what was imported is never garbage, and to look through it would copy its pages
     gc.freeze()
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", RANK=str(rank), WORLD_SIZE=str(world_size))
+    # torch renews a thread pool after a fork when it is first asked for, and gives none to whoever asks meanwhile: the
+    # first backward pass asks in one thread per GPU
+    torch.set_num_threads(1)
     try:
         device = torch.device("cuda", rank) if accelerator == "gpu" else None
         if device is not None:

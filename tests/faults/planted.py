@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.models.mimo.model.base import MimoModel
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.transformer.moe import moe_utils
 from proof.cells import Cell
@@ -22,7 +21,9 @@ import mimo_strategy.runtime.gradients as gradients
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
-from mimo_strategy.runtime.loss import LossOutput, StepLoss
+from mimo_strategy.runtime.loss import LossOutput
+from mimo_strategy.runtime.optimizer import HeteroOptimizer
+from mimo_strategy.runtime.step_sums import StepSums
 from mimo_strategy.step_batch import StepShare
 
 # megatron.core.distributed has a function of the same name
@@ -147,20 +148,20 @@ def parameters_are_not_gathered(patch: MonkeyPatch) -> None:
 
 @fault(LANES, "step 1, gradient")
 def tokens_of_one_lane_are_counted(patch: MonkeyPatch) -> None:
-    def reduce(original, step_loss):
-        own = step_loss._total[1].clone()
-        loss = original(step_loss)
+    def reduce(original, sums):
+        own = sums._sums["loss"][1].clone()
+        loss = original(sums)
         return LossOutput(loss.sum, own.float())
 
-    wrap(patch, StepLoss, "reduce", reduce)
+    wrap(patch, StepSums, "reduce_loss", reduce)
 
 
 @fault(LANES, "step 1, loss")
 def microbatches_weigh_alike(patch: MonkeyPatch) -> None:
-    def add(original, step_loss, loss):
-        original(step_loss, LossOutput(loss.mean, torch.ones_like(loss.count)))
+    def add(original, sums, loss):
+        original(sums, LossOutput(loss.mean, torch.ones_like(loss.count)))
 
-    wrap(patch, StepLoss, "add", add)
+    wrap(patch, StepSums, "add_loss", add)
 
 
 @fault(LANES, "step 1, loss")
@@ -175,11 +176,11 @@ def loss_mask_is_ignored_on_one_rank(patch: MonkeyPatch) -> None:
 
 @fault(APART, "agreement of loss")
 def ranks_are_not_told_the_loss(patch: MonkeyPatch) -> None:
-    def reduce(original, step_loss):
-        loss = original(step_loss)
+    def reduce(original, sums):
+        loss = original(sums)
         return LossOutput(loss.sum * (1 + 1e-6 * dist.get_rank()), loss.count)
 
-    wrap(patch, StepLoss, "reduce", reduce)
+    wrap(patch, StepSums, "reduce_loss", reduce)
 
 
 # ---- samples and microbatches
@@ -281,7 +282,7 @@ def norm_is_that_of_one_module(patch: MonkeyPatch) -> None:
     def norm(original, optimizer):
         return optimizer.module_infos["language"].optimizer.get_grad_norm()
 
-    wrap(patch, MimoOptimizer, "get_grad_norm", norm)
+    wrap(patch, HeteroOptimizer, "get_grad_norm", norm)
 
 
 @fault(LANES, "step 1, update")

@@ -25,7 +25,7 @@ INTERACTING = [
     ("placement", "experts"),
 ]
 # What is frozen cannot show faults, so cells with frozen parts count for these only.
-INTERACTING_WITH_FROZEN = [("frozen", axis) for axis in ("placement", "optimizer", "overlap", "microbatches")]
+INTERACTING_WITH_FROZEN = [("frozen", axis) for axis in ("same_ranks", "optimizer", "overlap")]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Cell:
         language, images = self.layout.language, self.layout.images
         return {
             "placement": self.layout.placement,
+            "same_ranks": self.layout.placement.startswith("colocated"),
             "world": self.layout.world_size,
             "tp": language.tp,
             "pp": language.pp,

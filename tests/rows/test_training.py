@@ -5,7 +5,6 @@ from functools import cache
 
 import no_pipelining
 import pytest
-from conftest import RANKS_TIMEOUT
 from gpt_moe import NEMOTRON, GptMoE, GptVLM
 from no_global_groups import NoGlobalGroups, assert_no_global_groups
 from torch.utils.data import DataLoader
@@ -70,7 +69,7 @@ def assert_trains_like_one_process(require_ranks, accelerator):
 
     @cache
     def one_process(make_module) -> Reference:
-        return Reference(checked(make_module), loader, accelerator=accelerator, timeout=RANKS_TIMEOUT[accelerator])
+        return Reference(checked(make_module), loader, accelerator=accelerator)
 
     def assert_same(
         make_module: Callable[[], MimoModule], world_size: int, modules: Mapping[str, P], num_microbatches: int
