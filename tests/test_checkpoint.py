@@ -69,15 +69,17 @@ EXACT = {
     "disjoint": (3, {"modules": DISJOINT}),
     "dp2-replicated": (2, {"distributed": False}),
     "dp2-overlap": (2, {"overlap": True}),
+    "dp2-half": (2, {}, {"precision": "bf16-true"}),
 }
 
 
 @pytest.mark.parametrize("layout", EXACT)
 def test_the_same_layout_goes_on_bit_for_bit(tmp_path, layout):
     """With dropout and random crops, within an epoch and over its end, with and without workers."""
-    world_size, settings = EXACT[layout]
+    world_size, settings, *precision = EXACT[layout]
 
     def run(last, step=0, **changes):
+        changes |= precision[0] if precision else {}
         saved = tmp_path / f"step={step}.ckpt" if step else None
         return run_on_ranks(
             lambda: fit(strategy(**settings), last, saved, module=model(random=True), **changes), world_size

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from parity import make_trainer
 
 from mimo_strategy import strategy as strategy_module
+from mimo_strategy.checkpoint import writer as writer_module
 from mimo_strategy.checkpoint.manifest import MANIFEST, is_whole
 from mimo_strategy.checkpoint.writer import CheckpointWriter
 from mimo_strategy.testing import RankError, run_on_ranks
@@ -67,10 +68,28 @@ def test_last_may_be_a_link(tmp_path, async_save):
     assert len(resumed.losses) == 1
 
 
-def test_what_is_written_in_the_background_is_what_was_there_when_it_was_saved(tmp_path):
+def test_what_is_written_in_the_background_is_what_was_there_when_it_was_saved(tmp_path, monkeypatch):
     def run(async_save):
+        next_step = threading.Event()
+        write_shards = writer_module._write_shards
+
+        def write_late(*args):
+            if async_save:
+                assert next_step.wait(60)
+                next_step.clear()
+            return write_shards(*args)
+
+        class Watch(Callback):
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+                if trainer.global_step > 1:
+                    next_step.set()
+
+            def on_train_end(self, trainer, module):
+                next_step.set()
+
+        monkeypatch.setattr(writer_module, "_write_shards", write_late)
         folder = tmp_path / str(async_save)
-        return fit(strategy(async_save=async_save), 4, callbacks=(every_step(folder),))
+        return fit(strategy(async_save=async_save), 4, callbacks=(Watch(), every_step(folder)))
 
     at_once, in_background = run_on_ranks(run, 2, False), run_on_ranks(run, 2, True)
     assert at_once == in_background
