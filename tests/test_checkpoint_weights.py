@@ -70,17 +70,18 @@ def start(strategy, source: Path, modules: list[str] | None, end: Path) -> None:
     save_weights(end, module.model)
 
 
-@pytest.mark.parametrize("source", ["step=2.ckpt", "weights.safetensors", "imported.ckpt"])
+CHECKPOINT, FILE = "step=2.ckpt", "weights.safetensors"
+
+
 @pytest.mark.parametrize(
-    ("layout", "world_size", "modules"),
+    ("source", "layout", "world_size", "modules"),
     [
-        (DISJOINT, 3, ["images"]),
-        (DISJOINT, 3, ["language"]),
-        (None, 2, None),
-        ("plain", 1, ["images"]),
-        ("plain", 1, ["images", "language"]),
+        pytest.param(CHECKPOINT, DISJOINT, 3, ["images"], id="disjoint-images"),
+        pytest.param(CHECKPOINT, DISJOINT, 3, ["language"], id="disjoint-language"),
+        pytest.param(CHECKPOINT, "plain", 1, ["images", "language"], id="plain-all"),
+        pytest.param(FILE, COLOCATED, 4, None, id="file-colocated-all"),
+        pytest.param(FILE, "plain", 1, ["images"], id="file-plain-images"),
     ],
-    ids=["disjoint-images", "disjoint-language", "colocated-all", "plain-images", "plain-all"],
 )
 def test_modules_start_from_given_weights(folder, trained, tmp_path, source, layout, world_size, modules):
     used = "auto" if layout == "plain" else strategy(layout)
