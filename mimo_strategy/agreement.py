@@ -5,14 +5,22 @@ from typing import Any
 import torch.distributed as dist
 
 
+def of_every_rank(value: Any) -> list[Any]:
+    """What every rank gives, in rank order; collective over the world. Without ``torch.distributed`` there is one."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_equal(what: str, value: Any) -> None:
     """Check that ``value`` is equal on every rank; collective over the world.
 
     Raises:
         ValueError: on every rank, with what each has.
     """
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = of_every_rank(value)
     if any(other != values[0] for other in values):
         raise ValueError(f"the {what} must be the same on every rank, but is " + _by_value(values))
 
@@ -23,8 +31,7 @@ def on_next_batch(has_batch: bool, num_served: int) -> None:
     Raises:
         ValueError: on every rank, with the ranks whose loader has ended.
     """
-    flags: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(flags, has_batch)
+    flags = of_every_rank(has_batch)
     if not all(flags) and any(flags):
         ended = [rank for rank, flag in enumerate(flags) if not flag]
         raise ValueError(

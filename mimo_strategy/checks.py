@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
+from mimo_strategy.checkpoint.writer import OnFailure
 from mimo_strategy.layout import Layout, ModuleParallel
 from mimo_strategy.module import MimoModule
 
@@ -46,7 +47,9 @@ _DDP_SETTINGS = {
 }
 
 
-def check_arguments(modules: Any, num_microbatches: Any, ddp: Any, timeout: Any, watchdog: Any) -> None:
+def check_arguments(
+    modules: Any, num_microbatches: Any, ddp: Any, timeout: Any, watchdog: Any, on_save_failure: Any
+) -> None:
     """Check the arguments of the strategy.
 
     Raises:
@@ -65,6 +68,8 @@ def check_arguments(modules: Any, num_microbatches: Any, ddp: Any, timeout: Any,
     _check_time("timeout", timeout)
     if watchdog is not None:
         _check_time("watchdog", watchdog)
+    if on_save_failure not in get_args(OnFailure):
+        raise ValueError(f"on_save_failure must be one of {get_args(OnFailure)}, got {on_save_failure!r}")
     if ddp is None:
         return
     if not isinstance(ddp, DistributedDataParallelConfig):

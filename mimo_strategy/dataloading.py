@@ -23,6 +23,27 @@ from mimo_strategy.prediction import own_rows
 from mimo_strategy.step_batch import StepShare
 
 
+def _shares(
+    items: Iterable[Any], batch_size: int, positions: list[int], *, pad_last: bool
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Cut items into step batches, each with this rank's share of it.
+
+    An incomplete last one is dropped, or, if ``pad_last``, filled by repeating its items; of the share come
+    ``(item, is padding)`` pairs then.
+    """
+    items = iter(items)
+    while step_batch := list(islice(items, batch_size)):
+        num_real = len(step_batch)
+        if pad_last:
+            yield step_batch, [(step_batch[position % num_real], position >= num_real) for position in positions]
+        elif num_real == batch_size:
+            yield step_batch, [step_batch[position] for position in positions]
+
+
+def _num_steps(num_items: int, batch_size: int, *, pad_last: bool) -> int:
+    return -(-num_items // batch_size) if pad_last else num_items // batch_size
+
+
 class ShareSampler(Sampler[list[Any]]):
     """Batch sampler of one rank: its positions in each step batch of one global order.
 
@@ -47,27 +68,14 @@ class ShareSampler(Sampler[list[Any]]):
         self._positions = share.positions(batch_size)
 
     def __len__(self) -> int:
-        total = len(self.sampler)
-        return total // self.batch_size if self.drop_last else -(-total // self.batch_size)
+        return _num_steps(len(self.sampler), self.batch_size, pad_last=not self.drop_last)
 
     def __iter__(self) -> Iterator[list[Any]]:
         first, self.first = self.first, 0
-        step_batch: list[int] = []
-        for index in islice(self.sampler, first * self.batch_size, None):
-            step_batch.append(index)
-            if len(step_batch) == self.batch_size:
-                yield self._share(step_batch, num_real=self.batch_size)
-                step_batch = []
-        if step_batch and not self.drop_last:
-            num_real = len(step_batch)
-            repeated = [step_batch[position % num_real] for position in range(self.batch_size)]
-            yield self._share(repeated, num_real=num_real)
-
-    def _share(self, step_batch: list[int], num_real: int) -> list[Any]:
-        self.step_batch = step_batch[:num_real]
-        if self.drop_last:
-            return [step_batch[position] for position in self._positions]
-        return [(step_batch[position], position >= num_real) for position in self._positions]
+        indices = islice(self.sampler, first * self.batch_size, None)
+        for step_batch, share in _shares(indices, self.batch_size, self._positions, pad_last=not self.drop_last):
+            self.step_batch = step_batch
+            yield share
 
 
 class PredictedIndices(IndexBatchSampler):
@@ -100,19 +108,11 @@ class _ShareOfStream(IterableDataset):
         self._pad_last = pad_last
 
     def __len__(self) -> int:
-        total = len(self._stream)
-        steps = -(-total // self._batch_size) if self._pad_last else total // self._batch_size
-        return steps * len(self._positions)
+        return _num_steps(len(self._stream), self._batch_size, pad_last=self._pad_last) * len(self._positions)
 
     def __iter__(self) -> Iterator[Any]:
-        samples = iter(self._stream)
-        while step_batch := list(islice(samples, self._batch_size)):
-            num_real = len(step_batch)
-            if num_real < self._batch_size and not self._pad_last:
-                return
-            for position in self._positions:
-                sample = step_batch[position % num_real]
-                yield (sample, position >= num_real) if self._pad_last else sample
+        for _, share in _shares(self._stream, self._batch_size, self._positions, pad_last=self._pad_last):
+            yield from share
 
 
 class _MarksPadding(Dataset):
@@ -350,9 +350,7 @@ def _global_order(dataloader: DataLoader) -> tuple[int, Sampler[int]]:
             f"the DataLoader has a DistributedSampler of {sampler.num_replicas} replicas, but the strategy shares the "
             "samples of one global order itself: give it a plain sampler"
         )
-    if isinstance(sampler, RandomSampler) and sampler.generator is None:
-        # it would draw its seed from the rank's default generator
-        sampler.generator = _generator(0)
+    _order_alike(sampler)
     return source.batch_size, sampler
 
 
@@ -360,10 +358,15 @@ def _seed_alike(dataloader: DataLoader, rank: int | None) -> None:
     """Let every rank draw the same order and the same worker seeds."""
     if dataloader.generator is None:
         dataloader.generator = _generator(0)
-    if isinstance(dataloader.sampler, RandomSampler) and dataloader.sampler.generator is None:
-        dataloader.sampler.generator = _generator(0)
+    _order_alike(dataloader.sampler)
     if rank is not None and dataloader.worker_init_fn is None:
         dataloader.worker_init_fn = partial(pl_worker_init_function, rank=rank)
+
+
+def _order_alike(sampler: Sampler[int]) -> None:
+    """Let a random order be the same on every rank; it would draw its seed from the rank's default generator."""
+    if isinstance(sampler, RandomSampler) and sampler.generator is None:
+        sampler.generator = _generator(0)
 
 
 def _whole(batch: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -138,9 +137,7 @@ class MimoModule(LightningModule):
         if self.model is None:
             self._to_load.append(partial(self.load_weights, path, modules=modules, strict=strict))
             return
-        mismatch = load_weights(self.model, path, modules=modules, strict=strict)
-        if mismatch.missing or mismatch.unexpected:
-            rank_zero_warn(f"Loaded {path} without\n{mismatch}")
+        load_weights(self.model, path, modules=modules, strict=strict).warn(path)
 
     def check_batch(self, batch: Any) -> None:
         """Check what a loader yielded, before it is moved to the device; extend it by what the modules expect.
@@ -277,7 +274,7 @@ class MimoModule(LightningModule):
         configs = {name: configs[name] for name in names}
         hold_frozen_routers(self.model)
         if self.runtime is not None:
-            return ModuleOptimizer(self.runtime.build_optimizer(configs), configs, self.runtime.trainable_parameters())
+            return ModuleOptimizer(self.runtime.build_optimizer(configs), configs, self.model.trainable_parameters())
         modules = self.model.own_modules()
         trainable = {
             name: [pair for pair in modules[name].named_parameters() if pair[1].requires_grad] for name in names

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, override
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -82,15 +82,13 @@ class MimoHeteroStrategy(ParallelStrategy):
         on_save_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        check_arguments(modules, num_microbatches, ddp, timeout, watchdog)
+        check_arguments(modules, num_microbatches, ddp, timeout, watchdog, on_save_failure)
         self._modules = modules
         self._num_microbatches = num_microbatches
         self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
         self._timeout = timeout
         self._patience = watchdog
         self._watchdog: Watchdog | None = None
-        if on_save_failure not in get_args(OnFailure):
-            raise ValueError(f"on_save_failure must be one of {get_args(OnFailure)}, got {on_save_failure!r}")
         self._async_save = async_save
         self._on_save_failure = on_save_failure
         self._writer: CheckpointWriter | None = None
@@ -316,8 +314,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             optimizer.megatron_optimizer if optimizer else None,
             strict=module.strict_loading,
         )
-        if mismatch.missing or mismatch.unexpected:
-            rank_zero_warn(f"Loaded {checkpoint_path} without\n{mismatch}")
+        mismatch.warn(checkpoint_path)
         if optimizer and "optimizer_states" in state:
             optimizer.load_settings(state["optimizer_states"][0])
         return state

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,6 +21,7 @@ from mimo_strategy.step_batch import Batch
 from modules.mamba_moe import MambaMoE, MambaMoEConfig
 from modules.projector import Projector, ProjectorConfig
 from modules.radio import RadioConfig, RadioEncoder
+from modules.vision import vision_sizes, vision_spec
 
 IMAGES = "images"
 
@@ -80,23 +80,14 @@ class NemotronVLM(MimoModule):
         self.sampling = sampling
 
     def module_sizes(self) -> dict[str, ModuleSizes]:
-        encoder, projector = self.encoder.sizes(), self.projector.sizes()
-        images = ModuleSizes(tp_divides={**encoder.tp_divides, **projector.tp_divides})
-        return {IMAGES: images} | self.language.module_sizes()
+        return {IMAGES: vision_sizes(self.encoder, self.projector)} | self.language.module_sizes()
 
     def module_spec(
         self, name: str, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype
     ) -> ModuleSpec:
         if name == LANGUAGE:
             return self.language.module_spec(name, layout, groups, dtype)
-        return ModuleSpec(
-            module=VisionModalitySubmodules,
-            params={"pg_collection": groups},
-            submodules={
-                "encoders": {"radio": self.encoder.spec(layout, groups, dtype)},
-                "input_projections": [self.projector.spec(layout, groups, dtype)],
-            },
-        )
+        return vision_spec(self.encoder, self.projector, layout, groups, dtype)
 
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         return {"radio": {"images": items}}

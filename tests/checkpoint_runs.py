@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from parity import BATCH_SIZE, OPTIMIZER, Recorder, digits, make_trainer
+from tiny_runs import BATCH_SIZE, OPTIMIZER, Recorder, digits, make_trainer
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate

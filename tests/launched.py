@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from parity import digits, make_trainer, vision_language
+from tiny_runs import digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate

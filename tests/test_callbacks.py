@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelSummary
-from parity import BATCH_SIZE, OPTIMIZER, digits, make_trainer, vision_language
+from tiny_runs import BATCH_SIZE, OPTIMIZER, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 

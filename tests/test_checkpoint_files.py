@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_runs import data, every_step, fit, model, strategy
-from parity import make_trainer
+from tiny_runs import make_trainer
 
 from mimo_strategy.checkpoint import CheckpointError
 from mimo_strategy.checkpoint.directory import begin, located, newest_whole, publish, remove

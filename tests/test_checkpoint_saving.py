@@ -16,7 +16,7 @@ import torch.distributed as dist
 from checkpoint_runs import MAX_STEPS, data, every_step, fit, model, strategy
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from parity import make_trainer
+from tiny_runs import make_trainer
 
 from mimo_strategy import strategy as strategy_module
 from mimo_strategy.checkpoint import writer as writer_module

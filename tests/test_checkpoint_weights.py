@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_runs import COLOCATED, DISJOINT, data, every_step, fit, model, strategy
 from lightning.pytorch import seed_everything
-from parity import make_trainer, read_weights
+from tiny_runs import make_trainer, read_weights
 
 from mimo_strategy.checkpoint import CheckpointError, export_weights, import_weights, save_weights
 from mimo_strategy.testing import RankError, run_on_ranks

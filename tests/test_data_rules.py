@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import seed_everything
-from parity import Recorder, digits, make_trainer, vision_language
+from tiny_runs import Recorder, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, get_worker_info
 
 from datamodules import collate

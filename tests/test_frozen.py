@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from megatron.core.distributed import DistributedDataParallelConfig
+from tiny_runs import OPTIMIZER, make_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import MockImageDataModule, collate
-from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
+from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.runtime.pipeline_bridge import PipelineBridge
 from mimo_strategy.testing import Reference, run_on_ranks
@@ -41,7 +41,7 @@ class Frozen(NemotronVLM):
             MambaMoEConfig.tiny(pattern="M*E-"),
             image_token_id=2,
             end_token_id=1,
-            optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, adam_eps=1e-6),
+            optimizer=OPTIMIZER,
         )
         self.frozen = FROZEN[frozen]
 
@@ -155,18 +155,7 @@ def test_no_gradient_crosses_the_bridge_to_a_frozen_module(frozen, returned):
 
 def fit(module, strategy, ckpt_path=None, **settings):
     seed_everything(1, verbose=False)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        max_steps=NUM_STEPS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **settings,
-    )
+    trainer = make_trainer(strategy, max_steps=NUM_STEPS, gradient_clip_val=None, limit_val_batches=None, **settings)
     trainer.fit(module, make_data(), ckpt_path=ckpt_path)
     return trainer
 

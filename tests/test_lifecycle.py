@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from parity import Recorder, digits, make_trainer, vision_language
+from tiny_runs import Recorder, digits, make_trainer, vision_language
 from torch.distributed.distributed_c10d import _world
 from torch.utils.data import DataLoader, Subset
 

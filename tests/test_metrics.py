@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from parity import BATCH_SIZE, OPTIMIZER, Recorder, digits, make_trainer, vision_language
+from tiny_runs import BATCH_SIZE, OPTIMIZER, Recorder, digits, make_trainer, vision_language
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, Subset
 from torchmetrics import MeanMetric, SumMetric

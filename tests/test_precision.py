@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from parity import OPTIMIZER, digits, make_trainer, vision_language
+from tiny_runs import OPTIMIZER, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate
@@ -100,12 +100,7 @@ class Overflow(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         optimizer = trainer.optimizers[0]
-        inner = [
-            part.grad_scaler.scale.item()
-            for info in optimizer.megatron_optimizer.module_infos.values()
-            if info.optimizer is not None
-            for part in getattr(info.optimizer, "chained_optimizers", [info.optimizer])
-        ]
+        inner = [part.grad_scaler.scale.item() for part in optimizer.megatron_optimizer.parts]
         logged = optimizer.last_step(details=False)
         weights = sum(value.double().abs().sum().item() for value in module.parameters())
         self.seen.append(

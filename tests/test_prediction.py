@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter
-from parity import PATTERN, digits, make_trainer, train, vision_language
+from tiny_runs import PATTERN, digits, make_trainer, train, vision_language
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import DigitsDataModule, collate

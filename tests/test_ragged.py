@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from megatron.core.distributed import DistributedDataParallelConfig
+from tiny_runs import OPTIMIZER, make_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import MockImageDataModule, collate
-from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
+from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.testing import RankError, Reference, Tolerances, run_on_ranks
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
@@ -45,7 +45,7 @@ def make_module(module_class=NemotronVLM, **radio) -> NemotronVLM:
         MambaMoEConfig.tiny(pattern="M*E-"),
         image_token_id=IMAGE_TOKEN,
         end_token_id=1,
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, adam_eps=1e-6),
+        optimizer=OPTIMIZER,
     )
 
 
@@ -189,17 +189,7 @@ class Losses(Callback):
 
 def fit(module, strategy, *data, **settings):
     seed_everything(1, verbose=False)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **settings,
-    )
+    trainer = make_trainer(strategy, gradient_clip_val=None, limit_val_batches=None, **settings)
     trainer.fit(module, *data)
 
 

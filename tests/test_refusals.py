@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import callbacks
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from parity import digits, make_trainer, vision_language
+from tiny_runs import digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
 
 import mimo_strategy

@@ -5,7 +5,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from parity import digits, make_trainer, vision_language
+from tiny_runs import digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from parity import OPTIMIZER, digits, make_trainer, vision_language
+from tiny_runs import OPTIMIZER, digits, make_trainer, vision_language
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Subset
 

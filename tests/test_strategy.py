@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from megatron.core import parallel_state
-from parity import PATTERN, digits, make_trainer, text_only, train, vision_language
+from tiny_runs import PATTERN, digits, make_trainer, text_only, train, vision_language
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import MockImageDataModule, collate

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
-from parity import Recorder, digits, make_trainer, vision_language
+from tiny_runs import Recorder, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate

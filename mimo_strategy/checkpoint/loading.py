@@ -10,6 +10,7 @@ from typing import Any, override
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.checkpointable import (
     CheckpointableShardedTensor,
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import (
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
+from mimo_strategy.agreement import of_every_rank
 from mimo_strategy.checkpoint.directory import located
 from mimo_strategy.checkpoint.errors import CheckpointError
 from mimo_strategy.checkpoint.manifest import damage, read_manifest
@@ -41,6 +43,11 @@ class Mismatch:
     missing: list[str]
     unexpected: list[str]
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    def warn(self, path: str | Path) -> None:
+        """Say what was left out of loading ``path``, if anything was."""
+        if self.missing or self.unexpected:
+            rank_zero_warn(f"Loaded {path} without\n{self}")
 
     def __str__(self) -> str:
         lines = [
@@ -84,7 +91,7 @@ class TensorSource(ABC):
             expected: whether a tensor of the checkpoint, by its name, should be among them.
         """
         wanted: dict[str, tuple[int, ...]] = {}
-        for of_rank in _gather({shard.key: tuple(shard.global_shape) for shard in shards}):
+        for of_rank in of_every_rank({shard.key: tuple(shard.global_shape) for shard in shards}):
             wanted |= of_rank
         return Mismatch(
             sorted(wanted.keys() - self.shapes.keys()),
@@ -145,7 +152,7 @@ class Checkpoint(TensorSource):
             self.shapes = tensor_shapes(self.index)
         except CheckpointError as error:
             problem = str(error)
-        problems = [problem for problem in _gather(problem) if problem]
+        problems = [problem for problem in of_every_rank(problem) if problem]
         if problems:
             raise CheckpointError("\n".join(dict.fromkeys(problems)))
 
@@ -188,12 +195,3 @@ def _position(place: Any) -> tuple[str, int]:
 def slices(offsets: Iterable[int], lengths: Iterable[int]) -> tuple[slice, ...]:
     """The index of a rectangle."""
     return tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
-
-
-def _gather(value: Any) -> list[Any]:
-    """What every rank gives."""
-    if not dist.is_initialized():
-        return [value]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

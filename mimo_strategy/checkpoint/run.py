@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 
 from mimo_strategy.checkpoint.loading import Checkpoint, Mismatch
 from mimo_strategy.checkpoint.random_state import random_streams
 from mimo_strategy.checkpoint.shards import model_and_optimizer_shards, model_shards
+from mimo_strategy.runtime.optimizer import HeteroOptimizer
 from mimo_strategy.runtime.optimizer_state import set_num_updates
 from mimo_strategy.runtime.runtime import MimoRuntime
 
 
-def run_shards(runtime: MimoRuntime, optimizer: MimoOptimizer | None) -> list[ShardedTensor]:
+def run_shards(runtime: MimoRuntime, optimizer: HeteroOptimizer | None) -> list[ShardedTensor]:
     """This rank's shards of a run; collective over the world.
 
     Args:
@@ -29,7 +29,7 @@ def run_shards(runtime: MimoRuntime, optimizer: MimoOptimizer | None) -> list[Sh
 
 
 def load_run(
-    path: Path, runtime: MimoRuntime, optimizer: MimoOptimizer | None, *, strict: bool
+    path: Path, runtime: MimoRuntime, optimizer: HeteroOptimizer | None, *, strict: bool
 ) -> tuple[dict[str, Any], Mismatch]:
     """Load a checkpoint that any layout wrote; collective over the world.
 

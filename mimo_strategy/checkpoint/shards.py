@@ -12,10 +12,10 @@ from math import prod
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.runtime.model import HeteroMimoModel
+from mimo_strategy.runtime.optimizer import HeteroOptimizer
 from mimo_strategy.runtime.optimizer_state import MASTER_WEIGHTS, parameter_states
 
 OPTIMIZER = "optimizer."
@@ -58,7 +58,7 @@ def model_shards(model: HeteroMimoModel) -> list[ShardedTensor]:
 
 
 def model_and_optimizer_shards(
-    model: HeteroMimoModel, optimizer: MimoOptimizer
+    model: HeteroMimoModel, optimizer: HeteroOptimizer
 ) -> tuple[list[ShardedTensor], list[ShardedTensor]]:
     """This rank's shards of the model and of the optimizer's state, named ``optimizer.<state>.<weight>``.
 

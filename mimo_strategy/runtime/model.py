@@ -141,6 +141,13 @@ class HeteroMimoModel(MimoModel):
         modules = dict(self.modality_submodules.items())
         return modules if self.language_model is None else modules | {LANGUAGE: self.language_model}
 
+    def trainable_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
+        """This rank's trainable parameters, by module."""
+        return {
+            name: [parameter for parameter in module.parameters() if parameter.requires_grad]
+            for name, module in self.own_modules().items()
+        }
+
     def _share_tracker(self) -> None:
         """The language model's streams are current, each encoder switches to its own in its forward."""
         for name, submodule in self.modality_submodules.items():

@@ -13,7 +13,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 
 from mimo_strategy.layout import LANGUAGE
@@ -27,7 +27,7 @@ def build_optimizer(
     configs: Mapping[str, OptimizerConfig],
     ddp_config: DistributedDataParallelConfig,
     dtype: torch.dtype,
-) -> MimoOptimizer:
+) -> "HeteroOptimizer":
     """Build one optimizer per module of this rank, whose gradient norm is that of all modules of all ranks.
 
     Args:
@@ -89,9 +89,13 @@ class HeteroOptimizer(MimoOptimizer):
         self.module_norms: dict[str, float] = {}
         self.grad_scaler = grad_scaler
         if grad_scaler is not None:
-            for optimizer in self._active_optimizers:
-                for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-                    part.grad_scaler = _FollowingScaler(grad_scaler)
+            for part in self.parts:
+                part.grad_scaler = _FollowingScaler(grad_scaler)
+
+    @property
+    def parts(self) -> list[MegatronOptimizer]:
+        """The optimizers of this rank: of each module one for its dense parameters, and one for its experts."""
+        return [part for optimizer in self._active_optimizers for part in optimizer.chained_optimizers]
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:

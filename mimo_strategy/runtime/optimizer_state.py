@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from mimo_strategy.runtime.optimizer import HeteroOptimizer
 
 MASTER_WEIGHTS = "master"
 
@@ -33,20 +34,20 @@ class ParameterState:
     tensors: dict[str, torch.Tensor]
 
 
-def parameter_states(optimizer: MimoOptimizer) -> Iterator[ParameterState]:
+def parameter_states(optimizer: HeteroOptimizer) -> Iterator[ParameterState]:
     """The state of all parameters that this rank updates, made where no step has made it yet.
 
     Raises:
         TypeError: if the state of a kind of optimizer is not known.
     """
-    for part in _parts(optimizer):
+    for part in optimizer.parts:
         _allocate(part)
         yield from _states(part)
 
 
-def set_num_updates(optimizer: MimoOptimizer, num_updates: int) -> None:
+def set_num_updates(optimizer: HeteroOptimizer, num_updates: int) -> None:
     """Set how many updates the optimizer has made, which Adam corrects its averages by."""
-    for part in _parts(optimizer):
+    for part in optimizer.parts:
         for state in part.optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(num_updates)
@@ -54,16 +55,6 @@ def set_num_updates(optimizer: MimoOptimizer, num_updates: int) -> None:
             # Apex and Transformer Engine count by group
             for group in part.optimizer.param_groups:
                 group["step"] = num_updates
-
-
-def _parts(optimizer: MimoOptimizer) -> Iterator[MegatronOptimizer]:
-    for info in optimizer.module_infos.values():
-        if info.optimizer is None:
-            continue
-        for part in getattr(info.optimizer, "chained_optimizers", [info.optimizer]):
-            # a frozen module has one without parameters
-            if not part.is_stub_optimizer:
-                yield part
 
 
 def _allocate(part: MegatronOptimizer) -> None:

@@ -3,10 +3,10 @@
 from collections import deque
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 
+from mimo_strategy.agreement import of_every_rank
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.topology import Topology
@@ -104,11 +104,5 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
 
 def _trainable_modules(model: HeteroMimoModel) -> set[str]:
     """Names of the modules that have a trainable parameter on some rank."""
-    own = [
-        name
-        for name, module in model.own_modules().items()
-        if any(parameter.requires_grad for parameter in module.parameters())
-    ]
-    every_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every_rank, own)
-    return set().union(*every_rank)
+    own = [name for name, parameters in model.trainable_parameters().items() if parameters]
+    return set().union(*of_every_rank(own))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
@@ -17,7 +16,7 @@ from mimo_strategy.runtime.expert_load import ExpertLoad
 from mimo_strategy.runtime.gradients import finalize_gradients
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel
-from mimo_strategy.runtime.optimizer import build_optimizer
+from mimo_strategy.runtime.optimizer import HeteroOptimizer, build_optimizer
 from mimo_strategy.runtime.schedule import Schedule, release_unused_bridges
 from mimo_strategy.runtime.step_sums import Reported, StepSums
 from mimo_strategy.step_batch import Batch, StepShare, gather_lanes
@@ -111,18 +110,11 @@ class MimoRuntime:
         if self._ddp_config.overlap_grad_reduce:
             config.no_sync_func = self.model.no_sync
 
-    def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> MimoOptimizer:
+    def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> HeteroOptimizer:
         """megatron-core's optimizer of all modules, from settings by module."""
         optimizer = build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
         self.model.config.grad_scale_func = _unscaled if optimizer.grad_scaler is None else optimizer.scale_loss
         return optimizer
-
-    def trainable_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
-        """This rank's trainable parameters by module."""
-        return {
-            name: [parameter for parameter in module.parameters() if parameter.requires_grad]
-            for name, module in self.model.own_modules().items()
-        }
 
     def run_step(
         self,

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_without_interleaving,
 )
 
+from mimo_strategy.agreement import of_every_rank
 from mimo_strategy.layout import LANGUAGE, Placement
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.pipeline_bridge import PipelineCommunicator
@@ -39,14 +39,12 @@ class Schedule:
         if self.is_pipelined:
             _pipelined.add(self)
             self._communicator = PipelineCommunicator(topology, model)
-            self.is_last_stage = self._communicator.is_pp_last_stage
             self._forward_backward = partial(
                 forward_backward_pipelining_without_interleaving,
                 p2p_communicator=self._communicator,
                 pg_collection=topology.schedule_groups,
             )
         else:
-            self.is_last_stage = True
             self._forward_backward = partial(forward_backward_no_pipelining, pg_collection=topology.groups[LANGUAGE])
         self._model = model
 
@@ -98,8 +96,6 @@ def release_unused_bridges() -> None:
 
     All ranks must do so or none, as megatron-core makes only those groups again that it does not have.
     """
-    in_use: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(in_use, bool(_pipelined))
-    if not any(in_use):
+    if not any(of_every_rank(bool(_pipelined))):
         BridgeCommunicator.destroy_broadcast_pgs()
         BridgeCommunicator.destroy_bridge_pgs()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from mimo_strategy.agreement import of_every_rank
 from mimo_strategy.runtime.loss import LossOutput
 
 DETAIL = "detail"
@@ -120,8 +121,6 @@ class StepSums:
         return values
 
     def _exchange_names(self) -> None:
-        everyone: list[dict[str, _Quantity]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, self._own)
-        for own in everyone:
+        for own in of_every_rank(self._own):
             for name, quantity in own.items():
                 self._known.setdefault(name, quantity)

@@ -48,10 +48,9 @@ def gradient_shards(module: MimoModule, optimizer: torch.optim.Optimizer) -> lis
     gradients = {
         parameter: parameter.main_grad for parameter in module.model.parameters() if hasattr(parameter, "main_grad")
     }
-    for info in optimizer.megatron_optimizer.module_infos.values():
-        for part in getattr(info.optimizer, "chained_optimizers", [info.optimizer]):
-            if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
-                gradients |= _gather_gradients(part)
+    for part in optimizer.megatron_optimizer.parts:
+        if isinstance(part, DistributedOptimizer):
+            gradients |= _gather_gradients(part)
     return list(_shards(module, gradients.get))
 
 

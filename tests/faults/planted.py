@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -18,6 +18,7 @@ from proof.layouts import colocated, disjoint, text
 from pytest import MonkeyPatch
 
 import mimo_strategy.runtime.gradients as gradients
+from faults.registry import Registry
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
@@ -36,26 +37,8 @@ APART = Cell(disjoint(P(dp=1), P(dp=2)), microbatches=2)
 STAGES = Cell(text(P(dp=1, pp=2)), microbatches=2)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A fault, the cell that trains with it, and what the report must say (a regular expression)."""
-
-    plant: Callable[[MonkeyPatch], None]
-    cell: Cell
-    report: str
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(cell: Cell, report: str) -> Callable:
-    """Register a function that plants a fault."""
-
-    def register(plant: Callable[[MonkeyPatch], None]) -> Callable[[MonkeyPatch], None]:
-        FAULTS[plant.__name__] = Fault(plant, cell, report)
-        return plant
-
-    return register
+FAULTS = Registry()
+fault = FAULTS.register
 
 
 def wrap(patch: MonkeyPatch, owner: Any, name: str, wrapper: Callable) -> None:

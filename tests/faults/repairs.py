@@ -1,8 +1,5 @@
 """What this project repairs of megatron-core 0.19.2, each to be taken away again."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
@@ -10,33 +7,15 @@ from proof.cells import Cell
 from proof.layouts import colocated, disjoint, text
 from pytest import MonkeyPatch
 
+from faults.registry import Registry
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.runtime.colocated_bridge import ColocatedBridge
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.pipeline_bridge import PipelineBridge
 from mimo_strategy.runtime.runtime import MimoRuntime
 
-
-@dataclass(frozen=True)
-class Repair:
-    """How to take a repair away, a cell that then cannot train rightly, and what it says (a regular expression)."""
-
-    take_away: Callable[[MonkeyPatch], None]
-    cell: Cell
-    report: str
-
-
-REPAIRS: dict[str, Repair] = {}
-
-
-def repair(cell: Cell, report: str) -> Callable:
-    """Register a function that takes a repair away."""
-
-    def register(take_away: Callable[[MonkeyPatch], None]) -> Callable[[MonkeyPatch], None]:
-        REPAIRS[take_away.__name__] = Repair(take_away, cell, report)
-        return take_away
-
-    return register
+REPAIRS = Registry()
+repair = REPAIRS.register
 
 
 @repair(Cell(colocated(P(dp=2), P(dp=2)), optimizer="replicated"), "step 2, gradient")

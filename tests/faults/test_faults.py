@@ -19,7 +19,7 @@ from mimo_strategy.testing import Tolerances
 def test_the_fault_is_noticed(monkeypatch, name):
     fault = FAULTS[name]
     reference_of(fault.cell)  # trained before, and so without the fault
-    fault.plant(monkeypatch)
+    fault.make(monkeypatch)
     with pytest.raises(AssertionError, match="training differs from one process") as noticed:
         compare(fault.cell).check(Tolerances())
     assert re.search(fault.report, str(noticed.value)), noticed.value
@@ -29,7 +29,7 @@ def test_the_fault_is_noticed(monkeypatch, name):
 def test_without_the_repair_training_goes_wrong(monkeypatch, name):
     repair = REPAIRS[name]
     reference_of(repair.cell)
-    repair.take_away(monkeypatch)
+    repair.make(monkeypatch)
     with pytest.raises(AssertionError, match=repair.report):
         compare(repair.cell).check(Tolerances())
 

@@ -7,6 +7,7 @@ of values of axes that interact has been met, small worlds first.
 import heapq
 import random
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, product
 
 from mimo_strategy import DistributedDataParallelConfig
@@ -136,7 +137,8 @@ def possible_cells() -> list[Cell]:
     return [cell for cell in cells if cell.is_possible]
 
 
-def covered(cell: Cell) -> set[tuple]:
+@cache
+def covered(cell: Cell) -> frozenset[tuple]:
     """The cell's layout, values of axes, and pairs of values of interacting axes."""
     axes = cell.axes
     if cell.frozen != "none":
@@ -144,7 +146,7 @@ def covered(cell: Cell) -> set[tuple]:
     else:
         pairs, single = INTERACTING, list(axes)
     met = {(axis, axes[axis]) for axis in single} | {((one, axes[one]), (other, axes[other])) for one, other in pairs}
-    return met if cell.frozen != "none" else met | {("layout", cell.layout)}
+    return frozenset(met if cell.frozen != "none" else met | {("layout", cell.layout)})
 
 
 def choose(cells: list[Cell], seed: int) -> list[Cell]:

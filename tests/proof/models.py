@@ -5,16 +5,15 @@ from itertools import cycle, islice
 from typing import Any, Literal
 
 import torch
+from tiny_runs import BATCH_SIZE, OPTIMIZER, PATTERN
 from torch.utils.data import DataLoader
 
 from datamodules import collate
 from datamodules.batch import Sample, build_sample
-from mimo_strategy import MimoModule, OptimizerConfig
+from mimo_strategy import MimoModule
 from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig
 
-BATCH_SIZE = 24
 SEQ_LENGTH = 24
-PATTERN = "M*E-ME"
 VOCAB_SIZE = 64
 IMAGE_TOKEN_ID, END_TOKEN_ID, PAD_TOKEN_ID = 1, 2, 0
 
@@ -22,9 +21,6 @@ IMAGE_TOKEN_ID, END_TOKEN_ID, PAD_TOKEN_ID = 1, 2, 0
 MIXED_IMAGES = [*[3, 0, 1, 2, 0, 1], *[0] * 6, *[1, 3, 0, 0, 2, 1], *[0, 0, 1, 3, 1, 2]]
 # Answer tokens; samples 18 to 23 have none.
 ANSWER_LENGTHS = [*islice(cycle([1, 5, 2, 7]), 18), *[0] * 6]
-
-# With a larger eps than usual, updates show the size of small gradients and not only their sign.
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, adam_eps=1e-6)
 
 Experts = Literal["nemotron", "plain"]
 Frozen = Literal["none", "encoder", "projector", "images", "language"]

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
-from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,6 +18,7 @@ from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from modules import Projector, ProjectorConfig, RadioConfig, RadioEncoder
 from modules.layer_specs import ACTIVATIONS, torch_norm
 from modules.transformer import transformer_config
+from modules.vision import vision_sizes, vision_spec
 
 IMAGES = "images"
 NUM_LAYERS, HIDDEN_SIZE, NUM_HEADS, NUM_EXPERTS, FFN_SIZE = 2, 64, 4, 4, 64
@@ -121,22 +121,14 @@ class GptVLM(MimoModule):
         self.optimizer_config = optimizer
 
     def module_sizes(self) -> Mapping[str, ModuleSizes]:
-        tp_divides = {**self.encoder.sizes().tp_divides, **self.projector.sizes().tp_divides}
-        return {IMAGES: ModuleSizes(tp_divides=tp_divides), LANGUAGE: self.language.sizes()}
+        return {IMAGES: vision_sizes(self.encoder, self.projector), LANGUAGE: self.language.sizes()}
 
     def module_spec(
         self, name: str, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype
     ) -> ModuleSpec:
         if name == LANGUAGE:
             return self.language.spec(layout, groups, dtype, under_encoder=True)
-        return ModuleSpec(
-            module=VisionModalitySubmodules,
-            params={"pg_collection": groups},
-            submodules={
-                "encoders": {"radio": self.encoder.spec(layout, groups, dtype)},
-                "input_projections": [self.projector.spec(layout, groups, dtype)],
-            },
-        )
+        return vision_spec(self.encoder, self.projector, layout, groups, dtype)
 
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         return {"radio": {"images": items}}

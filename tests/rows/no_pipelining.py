@@ -18,18 +18,10 @@ from no_global_groups import assert_no_global_groups
 from mimo_strategy import ModuleParallel
 from mimo_strategy.layout import LANGUAGE, Layout
 from mimo_strategy.runtime.seeding import ModuleRng
+from mimo_strategy.testing.shards import Shard, assemble
 from mimo_strategy.topology import Topology
 
 NUM_SAMPLES, SEQ_LENGTH, NUM_MICROBATCHES = 8, 16, 2
-
-
-class Shard(NamedTuple):
-    """What a rank holds of a parameter, itself or its gradient, under the name and place that checkpoints give it."""
-
-    name: str
-    whole_shape: tuple[int, ...]
-    place: tuple[int | slice, ...]
-    tensor: torch.Tensor
 
 
 class Reference(NamedTuple):
@@ -53,8 +45,8 @@ def one_process() -> Reference:
     MoEAuxLossAutoScaler.set_loss_scale(1 / count)
     loss = token_losses(model, batch).sum() / count
     loss.backward()
-    weights = [shard._replace(tensor=shard.tensor.detach()) for shard in shards(model, topology)]
-    gradients = [shard._replace(tensor=shard.tensor.grad) for shard in shards(model, topology)]
+    weights = [shard._replace(data=shard.data.detach()) for shard in shards(model, topology)]
+    gradients = [shard._replace(data=shard.data.grad) for shard in shards(model, topology)]
     reference = Reference(loss.item(), assemble(weights), assemble(gradients))
     topology.destroy()
     return reference
@@ -65,7 +57,7 @@ def on_layout(parallel: ModuleParallel, weights: dict[str, torch.Tensor]) -> tup
     assert_no_global_groups()
     topology, model = build(parallel)
     for shard in shards(model, topology):
-        shard.tensor.data.copy_(weights[shard.name][shard.place])
+        shard.data.data.copy_(weights[shard.name][shard.place])
     groups, language = topology.groups[LANGUAGE], topology.layout.modules[LANGUAGE]
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model, pg_collection=groups)
     ddp.zero_grad_buffer()
@@ -97,7 +89,7 @@ def on_layout(parallel: ModuleParallel, weights: dict[str, torch.Tensor]) -> tup
     )
     dist.all_reduce(total, group=groups.dp)
     loss = (total[0] / total[1]).item()
-    gradients = [shard._replace(tensor=shard.tensor.main_grad) for shard in shards(model, topology)]
+    gradients = [shard._replace(data=shard.data.main_grad) for shard in shards(model, topology)]
     assert_no_global_groups()
     topology.destroy()
     return loss, gradients
@@ -139,20 +131,12 @@ def shards(model: GPTModel, topology: Topology) -> list[Shard]:
     """This rank's parameters."""
     entries = model.sharded_state_dict(metadata={"dp_cp_group": topology.groups[LANGUAGE].dp_cp}).values()
     held = [
-        Shard(entry.key, entry.global_shape, entry.global_slice(), entry.data)
+        Shard(entry.key, entry.global_slice(), entry.global_shape, entry.data)
         for entry in entries
         if isinstance(entry, ShardedTensor) and isinstance(entry.data, torch.nn.Parameter)
     ]
     assert len(held) == len(list(model.parameters()))
     return held
-
-
-def assemble(held: list[Shard]) -> dict[str, torch.Tensor]:
-    """Whole tensors from the shards of one process; a checkpoint's tensor may hold the parameters of several layers."""
-    whole = {}
-    for shard in held:
-        whole.setdefault(shard.name, torch.zeros(shard.whole_shape))[shard.place] = shard.tensor.cpu()
-    return whole
 
 
 def assert_same_gradients(reference: dict[str, torch.Tensor], every_rank: list[list[Shard]], tolerance: float) -> None:
@@ -162,8 +146,8 @@ def assert_same_gradients(reference: dict[str, torch.Tensor], every_rank: list[l
     for shard in itertools.chain(*every_rank):
         expected = reference[shard.name][shard.place]
         assert expected.norm() > 0, shard[:3]
-        assert (shard.tensor - expected).norm() <= tolerance * expected.norm(), shard[:3]
+        assert (shard.data - expected).norm() <= tolerance * expected.norm(), shard[:3]
         if str(shard[:3]) not in seen:
             seen.add(str(shard[:3]))
-            missing[shard.name] -= shard.tensor.numel()
+            missing[shard.name] -= shard.data.numel()
     assert set(missing.values()) == {0}

@@ -7,19 +7,18 @@ import no_pipelining
 import pytest
 from gpt_moe import NEMOTRON, GptMoE, GptVLM
 from no_global_groups import NoGlobalGroups, assert_no_global_groups
+from tiny_runs import OPTIMIZER, PATTERN, digits
 from torch.utils.data import DataLoader
 
-from datamodules import DigitsDataModule, collate
-from mimo_strategy import MimoHeteroStrategy, MimoModule, OptimizerConfig
+from datamodules import collate
+from mimo_strategy import MimoHeteroStrategy, MimoModule
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.testing import Reference
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 STEP_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-5
 
-DIGITS = DigitsDataModule(24, seq_length=24)
-# With a larger eps than usual, updates show the size of small gradients and not only their sign.
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, adam_eps=1e-6)
+DIGITS = digits()
 
 
 def layouts(*cases: tuple[int, dict[str, P], int]):
@@ -48,7 +47,7 @@ def mamba_moe(projector: str = "affine") -> NemotronVLM:
     vocabulary = DIGITS.vocabulary
     return NemotronVLM(
         RadioConfig.tiny(),
-        MambaMoEConfig.tiny(pattern="M*E-ME"),
+        MambaMoEConfig.tiny(pattern=PATTERN),
         image_token_id=vocabulary.image_token_id,
         end_token_id=vocabulary.end_token_id,
         projector=projector,

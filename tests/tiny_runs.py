@@ -1,8 +1,8 @@
-"""A few training steps from given weights under any strategy, and how far two such runs are apart."""
+"""A tiny model and a few steps of training it, under any strategy."""
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,6 @@ def train(
     start: Path | None = None,
     end: Path | None = None,
     num_steps: int = 3,
-    answered: Sequence[bool] | None = None,
-    accelerator: str = "cpu",
 ) -> Steps:
     """Train on the first digits, in order.
 
@@ -119,20 +117,11 @@ def train(
         start: weights to start from.
         end: where to write the weights at the end.
         num_steps: optimizer steps.
-        answered: by position in the data, whether a sample's answer counts; ``None`` is all.
-        accelerator: of the Trainer.
     """
     seed_everything(1, verbose=False)
     recorder = Recorder(start, end)
-    samples = digits().train_dataset
-    if answered is not None:
-        samples = [
-            samples[index] | {"loss_mask": samples[index]["loss_mask"] * counts}
-            for index, counts in enumerate(answered)
-        ]
-    data = DataLoader(samples, BATCH_SIZE, collate_fn=collate)
-    trainer = make_trainer(strategy, accelerator=accelerator, max_steps=num_steps, callbacks=[recorder])
-    trainer.fit(make_module(), data)
+    data = DataLoader(digits().train_dataset, BATCH_SIZE, collate_fn=collate)
+    make_trainer(strategy, max_steps=num_steps, callbacks=[recorder]).fit(make_module(), data)
     return recorder.steps
 
 
@@ -147,9 +136,3 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings(action="ignore"):
         checkpoint.load(weights, storage_reader=reader, no_dist=True)
     return weights
-
-
-def distances(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Norm of the difference of each tensor."""
-    assert left.keys() == right.keys()
-    return {name: (left[name] - right[name]).norm().item() for name in right}
