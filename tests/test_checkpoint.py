@@ -73,7 +73,13 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("layout", EXACT)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("colocated", "disjoint", "dp2-half"),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("one-rank", "dp2-replicated", "dp2-overlap")),
+    ],
+)
 def test_the_same_layout_goes_on_bit_for_bit(tmp_path, layout):
     """With dropout and random crops, within an epoch and over its end, with and without workers."""
     world_size, settings, *precision = EXACT[layout]

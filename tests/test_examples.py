@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from mimo_strategy.testing import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,19 +29,10 @@ def run_script(*command: str, folder: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("layout", ["non_colocated", "colocated"])
-def test_example_writes_what_it_promises(layout, tmp_path):
-    printed = run_script(
-        str(ROOT / "examples/train_digits.py"),
-        "--layout",
-        layout,
-        "--max-steps",
-        "3",
-        "--name",
-        "short",
-        folder=tmp_path,
-    )
-    run = tmp_path / "runs/short"
+EXAMPLE = ROOT / "examples/train_digits.py"
+
+
+def check_run(run: Path, layout: str) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "metrics.csv",
         "curves.png",
@@ -54,7 +46,19 @@ def test_example_writes_what_it_promises(layout, tmp_path):
     assert summary["steps"] == 3 and summary["world_size"] == 4
     assert summary["placement"] == layout and set(summary["layout"]) == {"images", "language"}
     assert 0 <= summary["heldout_accuracy"] <= 1 and summary["train_seconds"] > 0
+
+
+def test_example_writes_what_it_promises(tmp_path):
+    printed = run_script(str(EXAMPLE), "--max-steps", "3", "--name", "short", folder=tmp_path)
+    check_run(tmp_path / "runs/short", "non_colocated")
     assert "held-out accuracy" in printed
+
+
+def test_example_colocated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--layout", "colocated", "--max-steps", "3"])
+    run_on_ranks(lambda: bool(runpy.run_path(str(EXAMPLE), run_name="__main__")), 4)
+    check_run(tmp_path / "runs/digits-colocated", "colocated")
 
 
 def test_code_of_the_readme_runs(tmp_path):

@@ -98,9 +98,9 @@ LAYOUTS = {
     [
         ("equal", 1, OVERLAPPED),
         ("fan-in", 2, OVERLAPPED),
-        ("fan-out", 2, None),
+        pytest.param("fan-out", 2, None, marks=pytest.mark.exhaustive),
         ("dp2+dp1", 1, PLAIN),
-        ("dp4+dp2", 2, OVERLAPPED),
+        pytest.param("dp4+dp2", 2, OVERLAPPED, marks=pytest.mark.exhaustive),
         ("dp2+pp2", 4, None),
     ],
     ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
