@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from multiprocessing import get_context
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -99,6 +101,22 @@ def test_a_hanging_rank_is_named_after_the_timeout():
     with pytest.raises(RankError, match=r"ranks \[1\] of 2 did not finish within 1 s"):
         run_on_ranks(lambda: time.sleep(60 * dist.get_rank()), 2, timeout=1)
     assert time.monotonic() - started < 20
+
+
+def test_ranks_end_with_the_process_of_the_test(tmp_path):
+    def write_pid():
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(60)
+
+    killed = get_context("fork").Process(target=run_on_ranks, args=(write_pid, 2))
+    killed.start()
+    while len(os.listdir(tmp_path)) < 2:
+        time.sleep(0.05)
+    ranks = [psutil.Process(int(pid)) for pid in os.listdir(tmp_path)]
+    killed.kill()
+    killed.join()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
 
 
 def test_a_process_with_torch_distributed_cannot_start_ranks():

@@ -1,5 +1,6 @@
 """Run a function on several ranks from a test."""
 
+import ctypes
 import gc
 import os
 import signal
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 Accelerator = Literal["cpu", "gpu"]
+
+_PR_SET_PDEATHSIG = 1
 
 # Seconds. On a GPU every process compiles and tunes the kernels that it uses for the first time.
 DEFAULT_TIMEOUT = {"cpu": 120.0, "gpu": 600.0}
@@ -67,7 +70,10 @@ def run_on_ranks(
     fork = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
-            fork.Process(target=_run_rank, args=(function, args, rank, world_size, Path(folder), timeout, accelerator))
+            fork.Process(
+                target=_run_rank,
+                args=(function, args, rank, world_size, Path(folder), timeout, accelerator, os.getpid()),
+            )
             for rank in range(world_size)
         ]
         sys.stdout.flush()
@@ -122,7 +128,12 @@ def _run_rank(
     folder: Path,
     timeout: float,
     accelerator: Accelerator,
+    parent: int,
 ) -> None:
+    # a test that is killed, or interrupted once more while it ends its ranks, leaves none behind
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     # what was imported is never garbage, and to look through it would copy its pages
     gc.freeze()
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", RANK=str(rank), WORLD_SIZE=str(world_size))
