@@ -85,7 +85,13 @@ def draw_factorizations(*, tp: int, dp: int, ep: int, edp: int) -> Figure:
     """The same ranks in both factorizations: who shares what, once for dense layers and once for experts."""
     cell, left, ranks = 0.9, MARGIN + 1.75, tp * dp
     _, axes = page(left + ranks * cell + MARGIN)
-    _heading(axes, MARGIN, 0.4, "One set of ranks, cut twice", f"tp {tp} {_TIMES} dp {dp}  =  {ranks}  =  ep {ep} {_TIMES} edp {edp}")
+    _heading(
+        axes,
+        MARGIN,
+        0.4,
+        "One set of ranks, cut twice",
+        f"tp {tp} {_TIMES} dp {dp}  =  {ranks}  =  ep {ep} {_TIMES} edp {edp}",
+    )
     rows = (
         ("dense layers", "same hue: a tp group,", "shards of one replica", ("tp", "dp"), tp, HUES),
         ("expert layers", "same hue: an ep group,", "each expert once", ("ep", "edp"), ep, HUES[::-1]),

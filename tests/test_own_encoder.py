@@ -1,6 +1,5 @@
 """An encoder of one's own, as the documentation shows it, trains in every layout like one process."""
 
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
