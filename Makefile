@@ -35,7 +35,7 @@ proof: setup ## compare layouts with one process and write docs/numerical_proof.
 
 docs: setup ## build the documentation in docs/_build/html
 	@$(DOCS_INSTALLED) || $(VENV_PYTHON) -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt
-	$(VENV_PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(VENV_PYTHON) -m sphinx -W --keep-going -E -a -q docs docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html."
 
 lint: setup ## check style and format

@@ -239,7 +239,7 @@ def draw_schedules() -> Figure:
     """1F1B over disjoint ranks, and modules in turns on shared ranks, which run each of them three times as fast."""
     apart = pipeline([1.0, 1.0, 1.0], 6)
     together = list(in_turns({"images": 1 / 3, LANGUAGE: 2 / 3}, 6))
-    unit, left, height = 0.36, MARGIN + 2.05, 0.42
+    unit, left, height = 0.29, MARGIN + 2.05, 0.42
     width = max(work.end for work in [*apart, *together]) * unit
     _, axes = page(left + width + 1.05 + MARGIN)
     _heading(axes, MARGIN, 0.4, "Non-colocated", "one pipeline over all ranks, 1F1B; here language has pp 2")
@@ -250,7 +250,7 @@ def draw_schedules() -> Figure:
         MARGIN,
         y,
         "Colocated",
-        "all ranks run each module in turn; drawn as if three times the ranks made it three times as fast",
+        "all ranks run each module in turn; drawn as if three times as fast on three times the ranks",
     )
     y = _draw_rows(axes, together, ("all ranks 0-5",), y + 0.3, left, unit, height) + 0.3
     x = left

@@ -57,9 +57,14 @@ class SiglipConfig:
 
 
 class Siglip(CLIPViTModel):
-    """Called with ``x``, images ``[images, 3, height, width]``; returns ``[images, tokens, hidden_size]``."""
+    """Makes ``[images, tokens, hidden_size]`` of images ``[images, 3, height, width]``."""
 
-    def __init__(self, config: TransformerConfig, siglip: SiglipConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        siglip: SiglipConfig,
+        groups: ProcessGroupCollection,
+    ) -> None:
         super().__init__(
             config,
             vit_layer_spec(),

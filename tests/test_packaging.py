@@ -1,6 +1,7 @@
 """What is installed, and how `make setup` finds its way. No network is needed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -39,6 +41,16 @@ def test_the_tested_version_is_within_the_range(requirement):
 def test_withdrawn_lightning_is_not_admitted(name, version):
     (requirement,) = (r for r in REQUIREMENTS if r.name == name)
     assert not requirement.specifier.contains(version, prereleases=True)
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert (citation["title"], citation["version"]) == (PROJECT["name"], PROJECT["version"])
+    assert citation["license"] == PROJECT["license"]
+    newest = re.search(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert PROJECT["version"] in newest.groups()
 
 
 def run_script(name, home, **env):
@@ -92,6 +104,11 @@ def test_setup_leaves_a_folder_alone_that_is_no_environment(tmp_path):
     assert result.returncode == 1
     assert "left alone" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_documentation_installs_what_it_needs_by_itself():
+    result = make("docs")
+    assert ".[docs]" in result.stdout and "sphinx -W" in result.stdout, result.stderr
 
 
 def make(*arguments):
