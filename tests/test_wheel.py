@@ -68,7 +68,7 @@ def test_the_wheel_trains_outside_of_the_checkout(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "--python", python]
     run(*pip, "install", "-q", "--no-deps", "--no-index", wheel, folder=tmp_path)
     (packages,) = environment.glob("lib/python*/site-packages")
-    # what it depends on is a download of gigabytes, so it is taken from here; .pth files of a path added so are not read
+    # what it depends on is a download of gigabytes, so it is taken from here; .pth files of such a path are not read
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (work / "train.py").write_text(TRAIN)
     assert f"trained 1 step with {packages}" in run(python, "train.py", folder=work)
