@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mimo_strategy.layout import Layout
 from mimo_strategy.module import MimoModule
 from mimo_strategy.prediction import Decodes, Prediction, find_decoder
-from mimo_strategy.runtime.runtime import MimoRuntime
 from mimo_strategy.step_batch import Batch, StepShare, narrow_samples
 
 
@@ -73,9 +73,15 @@ class CaptionWriter(Callback):
             raise TypeError(f"CaptionWriter writes what predict_step returns as a Prediction, got {outputs!r}")
         prefix = f"{dataloader_idx}-" if len(trainer.num_predict_batches) > 1 else ""
         decoder = find_decoder(trainer.datamodule)
+        num_rows, runtime = len(batch["input_ids"]), pl_module.runtime
+        own = [(row, row) for row in range(num_rows)]
+        if runtime is not None:
+            own = written_rows(runtime.topology.layout, trainer.global_rank, runtime.num_microbatches, num_rows)
+        if "is_padding" in batch:
+            own = [(row, position) for row, position in own if not batch["is_padding"][row]]
         rows = [
             self._write_images(position, narrow_samples(batch, row, 1, [self._encoder]), prefix, pl_module, decoder)
-            for row, position in _positions(batch, pl_module.runtime)
+            for row, position in own
         ]
         gathered = _gather((outputs, rows), trainer)
         if trainer.is_global_zero:
@@ -142,22 +148,16 @@ class CaptionWriter(Callback):
         draw_captions(samples).savefig(self._folder / "captions.png")
 
 
-def _positions(batch: Batch, runtime: MimoRuntime | None) -> list[tuple[int, int]]:
-    """Rows of this rank's batch whose images it writes, with their positions in the step batch."""
-    positions = list(range(len(batch["input_ids"])))
-    if runtime is not None:
-        layout, share = runtime.topology.layout, runtime.share
-        shares = [StepShare(layout, rank, runtime.num_microbatches) for rank in range(layout.world_size)]
-        alike = [
-            rank
-            for rank, other in enumerate(shares)
-            if (other.lane, other.num_lanes) == (share.lane, shares[layout.loss_rank].num_lanes)
-        ]
-        if alike[:1] != [runtime.topology.rank]:
-            return []
-        positions = share.positions(len(positions) * share.num_lanes)
-    is_padding = batch["is_padding"].tolist() if "is_padding" in batch else [False] * len(positions)
-    return [(row, position) for row, position in enumerate(positions) if not is_padding[row]]
+def written_rows(layout: Layout, rank: int, num_microbatches: int, num_rows: int) -> list[tuple[int, int]]:
+    """Rows that ``rank`` writes of the ``num_rows`` that it loaded, with their positions in the step batch.
+
+    Ranks load the same samples as others of their lane; the first of each lane writes them.
+    """
+    shares = [StepShare(layout, other, num_microbatches) for other in range(layout.world_size)]
+    lane = (shares[rank].lane, shares[layout.loss_rank].num_lanes)
+    if [(share.lane, share.num_lanes) for share in shares].index(lane) != rank:
+        return []
+    return list(enumerate(shares[rank].positions(num_rows * shares[rank].num_lanes)))
 
 
 def _decode(tokens: list[int], decoder: Decodes | None) -> str:
