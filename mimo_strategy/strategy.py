@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -37,6 +37,7 @@ from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.preemption import Preemption
+from mimo_strategy.registration import NAME
 from mimo_strategy.runtime.runtime import MimoRuntime, release_abandoned
 from mimo_strategy.step_batch import StepShare
 from mimo_strategy.topology import Topology
@@ -69,7 +70,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         LayoutError: from ``Trainer.fit`` and the like, before any process group exists, if the layout does not fit.
     """
 
-    strategy_name = "mimo_hetero"
+    strategy_name = NAME
 
     def __init__(
         self,
@@ -423,16 +424,3 @@ def _last_checkpoint(trainer: Trainer) -> str | None:
     """The newest whole checkpoint where the Trainer's callbacks keep theirs; Lightning would take a damaged one too."""
     found = newest_whole(checkpoint_folders(trainer))
     return str(found) if found else None
-
-
-StrategyRegistry.register(
-    MimoHeteroStrategy.strategy_name,
-    MimoHeteroStrategy,
-    description="megatron-core with a parallel layout per module",
-    # a package imported twice, once as __main__, must not fail
-    override=True,
-)
-for method in ("spawn", "fork", "notebook"):
-    StrategyRegistry.register(
-        f"{MimoHeteroStrategy.strategy_name}_{method}", refuse_launcher, override=True, start_method=method
-    )
