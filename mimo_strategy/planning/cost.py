@@ -67,6 +67,9 @@ class Work(NamedTuple):
         return Work(*(one + another for one, another in zip(self, other, strict=True)))
 
 
+_NO_WORK = Work()
+
+
 class Transfer(NamedTuple):
     """A collective that each rank of a group takes part in.
 
@@ -98,7 +101,7 @@ class Layer:
 
     name: str
     weights: tuple[Weight | Experts, ...] = ()
-    work: Work = Work()
+    work: Work = _NO_WORK
     kept: float = 0.0
     kept_input: float | None = None
     forward: tuple[Transfer, ...] = ()
@@ -152,7 +155,7 @@ class ModuleCost:
     recompute: bool = False
 
     def kept(self, stage: int, in_flight: int) -> float:
-        """Bytes that a rank of ``stage`` keeps at most, with ``in_flight`` microbatches between forward and backward."""
+        """Bytes that a rank of ``stage`` keeps at most, of ``in_flight`` microbatches whose backward is to come."""
         layers = self.stages[stage]
         if not self.recompute:
             return in_flight * sum(layer.kept for layer in layers)
