@@ -138,7 +138,8 @@ class Estimator:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._modules: dict[tuple, tuple[StageEstimate, ...]] = {}
+        self._modules: dict[tuple[ModuleLayout, int], tuple[StageEstimate, ...]] = {}
+        self._memories: dict[tuple[ModuleLayout, int], StageMemory] = {}
 
     def estimate(self, layout: Layout, num_microbatches: int) -> Estimate:
         """Estimate ``layout``, whose lanes and microbatches must divide the step batch."""
@@ -168,7 +169,9 @@ class Estimator:
 
     def _stage(self, layout: ModuleLayout, cost: ModuleCost, stage: int) -> StageEstimate:
         machine, layers = self.job.machine, cost.stages[stage]
-        memory = stage_memory(layout, cost, stage, self.job.training)
+        if (layout, stage) not in self._memories:
+            self._memories[layout, stage] = stage_memory(layout, cost, stage, self.job.training)
+        memory = self._memories[layout, stage]
         reduction = 0.0
         for buffer, size, stride in (
             (memory.dense, layout.dp * layout.cp, layout.tp),
