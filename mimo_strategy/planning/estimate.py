@@ -191,20 +191,33 @@ class Estimator:
     def _pass(self, layout: ModuleLayout, cost: ModuleCost, layers: tuple[Layer, ...]) -> Pass:
         machine = self.job.machine
         traffic: dict[str, float] = {}
-        compute = host = 0.0
+        compute = 0.0
         # equal layers once
         for layer, times in _counted(layers):
-            forwards = 2 if cost.recompute and layer.kept_input is not None else 1
+            forwards = _forwards(cost, layer)
             kept = _TRAFFIC_PER_KEPT_BYTE * layer.kept / machine.memory_bandwidth
             work = _seconds(layer.work, machine) / (layout.tp * layout.cp)
             compute += times * (work * (forwards + _BACKWARD_WORK) + kept)
-            collectives = layer.forward * forwards + layer.backward
-            for transfer in collectives:
+            for transfer in layer.forward * forwards + layer.backward:
                 seconds = times * machine.seconds(transfer, *_group(layout, transfer.group))
                 traffic[transfer.group] = traffic.get(transfer.group, 0.0) + seconds
-            operations = layer.operations * (forwards + _BACKWARD_OPERATIONS) + len(collectives)
-            host += times * operations * machine.dispatch
+        host = forward_and_backward_operations(cost, layers) * machine.dispatch
         return Pass(compute, traffic, host, waits=not machine.runs_ahead)
+
+
+def forward_and_backward_operations(cost: ModuleCost, layers: tuple[Layer, ...]) -> float:
+    """Operations that the host dispatches for one microbatch."""
+    operations = 0.0
+    for layer, times in _counted(layers):
+        forwards = _forwards(cost, layer)
+        collectives = forwards * len(layer.forward) + len(layer.backward)
+        operations += times * (layer.operations * (forwards + _BACKWARD_OPERATIONS) + collectives)
+    return operations
+
+
+def _forwards(cost: ModuleCost, layer: Layer) -> int:
+    """How often a layer is computed: twice if it keeps its input only."""
+    return 2 if cost.recompute and layer.kept_input is not None else 1
 
 
 class _Step:
