@@ -11,6 +11,7 @@ from matplotlib.path import Path
 
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleLayout
 from mimo_strategy.pictures.canvas import MARGIN, crop, page, text_width
+from mimo_strategy.pictures.lane_colors import between, lane_color, lane_hue
 from mimo_strategy.pictures.layout_text import (
     expert_factors,
     fan,
@@ -19,7 +20,7 @@ from mimo_strategy.pictures.layout_text import (
     primary_factors,
     title,
 )
-from mimo_strategy.pictures.palette import BLUE, FAINT, HUES, INK, MUTED, ORANGE, PALE, Color, tint
+from mimo_strategy.pictures.palette import BLUE, FAINT, INK, MUTED, ORANGE, PALE, Color, tint
 
 _TITLE, _NAME, _TEXT, _CELL, _SMALL = 15, 13, 10, 9, 7
 """Font sizes in points."""
@@ -118,17 +119,6 @@ def _heading_right(module: ModuleLayout) -> float:
     return _heading_left(module) + text_width(heading(module), _TEXT)
 
 
-def _hue(module: ModuleLayout, lane: int, finest: int) -> str:
-    """Hue of a lane: that of the first of the finest lanes which hold the same samples, while hues last."""
-    stride = finest // module.dp
-    # a stride of all hues would give every lane the same one
-    return HUES[lane * (stride if stride % len(HUES) else 1) % len(HUES)]
-
-
-def _between(low: float, high: float, index: int, count: int) -> float:
-    return low + (high - low) * index / max(count - 1, 1)
-
-
 def _draw_module(axes: Axes, grid: _Grid, module: ModuleLayout, finest: int, y: float) -> float:
     """Draw the heading and the cells of a module from ``y`` down; returns where they end."""
     baseline, top = y + 0.24, y + 0.36
@@ -152,7 +142,7 @@ def _draw_module(axes: Axes, grid: _Grid, module: ModuleLayout, finest: int, y: 
             _draw_rank(axes, grid, x, cell_y, rank, PALE)
             continue
         at = module.coordinates(rank)
-        cell = _draw_box(axes, grid, x, cell_y, primary_height, _lane_color(module, at, finest))
+        cell = _draw_box(axes, grid, x, cell_y, primary_height, lane_color(module, at, finest))
         cell.set_gid(f"{module.name} rank {rank}")
         _draw_rank(axes, grid, x, cell_y, rank, INK)
         if experts:
@@ -203,7 +193,7 @@ def _draw_bridge(
             [start, (start[0], bend), (end[0], bend), end],
             [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4],
         )
-        color = _hue(finer, encoder_lane if finer is encoder else language_lane, finest)
+        color = lane_hue(finer, encoder_lane if finer is encoder else language_lane, finest)
         width, gid = 2 if finer.dp <= 32 else 0.7, f"{encoder.name} {encoder_lane} feeds {language_lane}"
         axes.add_artist(PathPatch(curve, fill=False, edgecolor=color, linewidth=width, gid=gid))
     return bottom + _BAR
@@ -216,21 +206,15 @@ def _draw_lanes(axes: Axes, grid: _Grid, module: ModuleLayout, stage: int, fines
     prefix = next((prefix for prefix in ("lane ", "") if text_width(prefix + longest, _CELL) < room), None)
     for lane, (x, width) in enumerate(spans):
         gap = min(_GAP, width / 5)
-        color, gid = tint(_hue(module, lane, finest), 0.7), f"{module.name} lane {lane}"
+        color, gid = tint(lane_hue(module, lane, finest), 0.7), f"{module.name} lane {lane}"
         axes.add_artist(Rectangle((x + gap / 2, y), width - gap, _BAR, color=color, linewidth=0, gid=gid))
         if prefix is not None:
             center = (x + width / 2, y + _BAR / 2)
             axes.text(*center, f"{prefix}{lane}", size=_CELL, color=INK, ha="center", va="center")
 
 
-def _lane_color(module: ModuleLayout, at: dict[str, int], finest: int) -> Color:
-    shard, shards = at["cp"] * module.tp + at["tp"], module.tp * module.cp
-    strength = 0.4 if shards == 1 else _between(0.28, 0.58, shard, shards)
-    return tint(_hue(module, at["dp"], finest), strength)
-
-
 def _expert_color(module: ModuleLayout, at: dict[str, int]) -> Color:
-    return tint(MUTED, _between(0.14, 0.42, at["ep"] * module.etp + at["etp"], module.ep * module.etp))
+    return tint(MUTED, between(0.14, 0.42, at["ep"] * module.etp + at["etp"], module.ep * module.etp))
 
 
 def _draw_legend(axes: Axes, modules: list[ModuleLayout], y: float) -> float:
