@@ -1,9 +1,11 @@
 """Configuration of Sphinx: ``make docs`` builds the site from the Markdown files of this folder."""
 
+import logging
 import warnings
 from importlib.metadata import version as installed_version
 
 warnings.filterwarnings("ignore")
+logging.getLogger("megatron").setLevel(logging.WARNING)
 
 # before autodoc imports what needs megatron-core, which cannot be imported without a GPU otherwise
 import mimo_strategy  # noqa: E402, F401

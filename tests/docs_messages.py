@@ -37,11 +37,10 @@ def raised() -> Iterator[tuple[str, str]]:
         if not any(name == known or name.startswith(f"{known}/") for known in _FOR_USERS):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                message = _flat(_text(node.exc.args[0]))
-                told = len(message.replace(GAP, "").strip()) >= _SHORTEST
-                if told and not any(part in message for part in _NOT_TOLD):
-                    yield str(path.relative_to(ROOT)), message
+            message = _flat(_text(_told_by(node)))
+            is_message = len(message.replace(GAP, "").strip()) >= _SHORTEST
+            if is_message and not any(part in message for part in _NOT_TOLD):
+                yield str(path.relative_to(ROOT)), message
 
 
 def texts() -> list[str]:
@@ -61,7 +60,16 @@ def fits(quote: str, message: str) -> bool:
     return re.match(pattern, message) is not None
 
 
-def _text(node: ast.expr) -> str:
+def _told_by(node: ast.AST) -> ast.expr | None:
+    """What an error tells: raised, or collected to be raised with others."""
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+        return node.exc.args[0]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "failures.append":
+        return node.args[0]
+    return node.value if isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr) else None
+
+
+def _text(node: ast.expr | None) -> str:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):

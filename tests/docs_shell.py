@@ -1,13 +1,18 @@
 """What shell blocks of the documentation name must exist: targets, files, options."""
 
+import inspect
 import re
 import shlex
 import tomllib
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 from docs_code import ROOT, Block
+from lightning.pytorch import Trainer
 from torch.distributed.run import get_args_parser
+
+from mimo_strategy.cli.main import VERBS
 
 # what readers write themselves, and what a set-up makes
 _READERS_FILES = {"train.py", ".venv/bin/activate"}
@@ -82,12 +87,23 @@ def _torchrun_options() -> set[str]:
     return {option for action in get_args_parser()._actions for option in action.option_strings}
 
 
+def _mimo(words: list[str], where: str) -> None:
+    verb, *options = words
+    assert verb in VERBS or verb == "--help", where
+    for option, value in pairwise([*options, ""]):
+        if option == "--config":
+            _file([value], where)
+        if option.startswith("--trainer."):
+            assert option.split("=")[0].split(".")[1] in inspect.signature(Trainer).parameters, where
+
+
 def _file(words: list[str], where: str) -> None:
     assert words[0] in _READERS_FILES or (ROOT / words[0]).is_file(), where
 
 
 _COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "make": _make,
+    "mimo": _mimo,
     "python": _python,
     "pip": _pip,
     "torchrun": _torchrun,

@@ -26,7 +26,7 @@ CHEAP = {
     "LIMIT_VAL_BATCHES": "1",
     "LIMIT_TEST_BATCHES": "1",
 }
-LANGUAGES = {"python", "bash", "text", "{toctree}"}
+LANGUAGES = {"python", "bash", "text", "yaml", "json", "{toctree}"}
 
 
 def sizes(radio: RadioConfig, language: MambaMoEConfig):

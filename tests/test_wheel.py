@@ -60,15 +60,28 @@ def test_the_wheel_has_every_file_and_the_licence(wheel):
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
-def test_the_wheel_trains_outside_of_the_checkout(wheel, tmp_path):
-    environment, work = tmp_path / "environment", tmp_path / "work"
-    work.mkdir()
-    run(sys.executable, "-m", "venv", "--without-pip", environment, folder=tmp_path)
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """A bare virtual environment with the wheel in it."""
+    folder = tmp_path_factory.mktemp("installed")
+    environment = folder / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, folder=folder)
     python = environment / "bin/python"
     pip = [sys.executable, "-m", "pip", "--python", python]
-    run(*pip, "install", "-q", "--no-deps", "--no-index", wheel, folder=tmp_path)
+    run(*pip, "install", "-q", "--no-deps", "--no-index", wheel, folder=folder)
     (packages,) = environment.glob("lib/python*/site-packages")
     # what it depends on is a download of gigabytes, so it is taken from here; .pth files of such a path are not read
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    (work / "train.py").write_text(TRAIN)
-    assert f"trained 1 step with {packages}" in run(python, "train.py", folder=work)
+    return environment
+
+
+def test_the_wheel_trains_outside_of_the_checkout(environment, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    told = run(environment / "bin/python", "train.py", folder=tmp_path)
+    assert f"trained 1 step with {environment}" in told
+
+
+def test_the_wheel_brings_its_command(environment, tmp_path):
+    told = run(environment / "bin/mimo", "--help", folder=tmp_path)
+    assert told.startswith("usage: mimo VERB")
+    assert run(environment / "bin/python", "-m", "mimo_strategy", "--help", folder=tmp_path) == told
