@@ -202,7 +202,8 @@ def _groups(report: LayoutReport, ranks: list[int]) -> RenderableType:
 
 def _checks(report: LayoutReport) -> RenderableType:
     if not report.failures:
-        return Panel("every check passed", border_style="green")
+        overflow = Text(f"\n{report.overflow}", "yellow") if report.overflow else Text()
+        return Panel(Text("every check passed").append(overflow), border_style="green")
     lines = Text("\n".join(f"x {failure}" for failure in report.failures))
     if report.suggestion:
         lines.append(f"\n\n{report.suggestion}", "bold")
