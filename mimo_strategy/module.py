@@ -20,7 +20,7 @@ from mimo_strategy.generation import Generation, generate
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
 from mimo_strategy.planning.cost import CostUnknown, ModuleCost, Workload
-from mimo_strategy.prediction import Prediction, predict_own
+from mimo_strategy.prediction import Prediction, find_decoder, predict_own
 from mimo_strategy.runtime.gradients import balance_experts, hold_frozen_routers
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
@@ -279,8 +279,7 @@ class MimoModule(LightningModule):
         It is decoded by the ``vocabulary`` or ``tokenizer`` of the Trainer's datamodule, if that has one.
         """
         generation = self.generate(batch, end_token_id=end_token_id, **settings)
-        datamodule = self.trainer.datamodule
-        decoder = getattr(datamodule, "vocabulary", getattr(datamodule, "tokenizer", None))
+        decoder = find_decoder(self.trainer.datamodule)
         return predict_own(generation, self.trainer.global_rank, self.trainer.world_size, decoder)
 
     def make_optimizer(self, config: OptimizerConfig | Mapping[str, OptimizerConfig]) -> torch.optim.Optimizer:

@@ -136,11 +136,22 @@ class MimoHeteroStrategy(ParallelStrategy):
         if IS_INTERACTIVE and self.num_processes * self.num_nodes > 1:
             refuse_launcher("a notebook or interactive session")
         self._launcher = CheckingLauncher(
-            self._check, _last_checkpoint, self.cluster_environment, self.num_processes, self.num_nodes
+            self.check, _last_checkpoint, self.cluster_environment, self.num_processes, self.num_nodes
         )
 
-    def _check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
-        """Refuse, before any process is started or group made, what cannot work; sets the layout."""
+    def check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
+        """Refuse what cannot work, and set the layout; the Trainer's verbs do so before any other process is started.
+
+        Args:
+            trainer: whose strategy this is.
+            model: to be trained.
+            data: loaders, nested or not, and LightningDataModules.
+
+        Raises:
+            LayoutError: if the layout does not fit.
+            TypeError: for a model, data or settings of the wrong type.
+            ValueError: for flags, callbacks or batch sizes that cannot work.
+        """
         check_trainer(trainer)
         check_module(model)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)

@@ -1,8 +1,14 @@
-"""Wrong input is told in a few lines; everything else keeps its traceback."""
+"""Wrong input is told in a few lines; everything else keeps its traceback.
 
+With ``JSONARGPARSE_DEBUG=1`` in the environment wrong input keeps it too.
+"""
+
+import os
 import sys
 
 from mimo_strategy.layout import LayoutError
+
+_RANK = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 class UsageError(ValueError):
@@ -15,7 +21,9 @@ def report(error: Exception, program: str) -> int:
     Raises:
         Exception: ``error`` itself, if it is none.
     """
-    if not isinstance(error, UsageError | LayoutError):
+    if not isinstance(error, UsageError | LayoutError) or os.environ.get("JSONARGPARSE_DEBUG"):
         raise error
-    print(f"{program}: {error}", file=sys.stderr)
+    # ranks that torchrun or Slurm started find the same
+    if next((os.environ[name] for name in _RANK if name in os.environ), "0") == "0":
+        print(f"{program}: {error}", file=sys.stderr)
     return 2
