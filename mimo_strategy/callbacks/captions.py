@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from mimo_strategy.layout import Layout
 from mimo_strategy.module import MimoModule
 from mimo_strategy.prediction import Decodes, Prediction, find_decoder
+from mimo_strategy.runtime.runtime import MimoRuntime
 from mimo_strategy.step_batch import Batch, StepShare, narrow_samples
 
 
@@ -73,15 +74,10 @@ class CaptionWriter(Callback):
             raise TypeError(f"CaptionWriter writes what predict_step returns as a Prediction, got {outputs!r}")
         prefix = f"{dataloader_idx}-" if len(trainer.num_predict_batches) > 1 else ""
         decoder = find_decoder(trainer.datamodule)
-        num_rows, runtime = len(batch["input_ids"]), pl_module.runtime
-        own = [(row, row) for row in range(num_rows)]
-        if runtime is not None:
-            own = written_rows(runtime.topology.layout, trainer.global_rank, runtime.num_microbatches, num_rows)
-        if "is_padding" in batch:
-            own = [(row, position) for row, position in own if not batch["is_padding"][row]]
         rows = [
             self._write_images(position, narrow_samples(batch, row, 1, [self._encoder]), prefix, pl_module, decoder)
-            for row, position in own
+            for row, position in enumerate(self._positions(pl_module.runtime, batch))
+            if "is_padding" not in batch or not batch["is_padding"][row]
         ]
         gathered = _gather((outputs, rows), trainer)
         if trainer.is_global_zero:
@@ -95,6 +91,13 @@ class CaptionWriter(Callback):
     @property
     def _list(self) -> Path:
         return self._folder / "predictions.jsonl"
+
+    def _positions(self, runtime: MimoRuntime | None, batch: Batch) -> list[int]:
+        num_rows = len(batch["input_ids"])
+        if runtime is None:
+            return list(range(num_rows))
+        topology, batch_size = runtime.topology, num_rows * runtime.share.num_lanes
+        return written_positions(topology.layout, topology.rank, runtime.num_microbatches, batch_size)
 
     def _write_images(
         self, position: int, sample: Batch, prefix: str, module: MimoModule, decoder: Decodes | None
@@ -148,16 +151,17 @@ class CaptionWriter(Callback):
         draw_captions(samples).savefig(self._folder / "captions.png")
 
 
-def written_rows(layout: Layout, rank: int, num_microbatches: int, num_rows: int) -> list[tuple[int, int]]:
-    """Rows that ``rank`` writes of the ``num_rows`` that it loaded, with their positions in the step batch.
+def written_positions(layout: Layout, rank: int, num_microbatches: int, batch_size: int) -> list[int]:
+    """Positions in a step batch of the samples whose images ``rank`` writes: all that it loaded, or none.
 
     Ranks load the same samples as others of their lane; the first of each lane writes them.
     """
     shares = [StepShare(layout, other, num_microbatches) for other in range(layout.world_size)]
-    lane = (shares[rank].lane, shares[layout.loss_rank].num_lanes)
-    if [(share.lane, share.num_lanes) for share in shares].index(lane) != rank:
+    lanes = [(share.lane, share.num_lanes) for share in shares]
+    # of modules with different numbers of lanes, those of the language model's
+    if shares[rank].num_lanes != shares[layout.loss_rank].num_lanes or lanes.index(lanes[rank]) != rank:
         return []
-    return list(enumerate(shares[rank].positions(num_rows * shares[rank].num_lanes)))
+    return shares[rank].positions(batch_size)
 
 
 def _decode(tokens: list[int], decoder: Decodes | None) -> str:

@@ -8,7 +8,6 @@ import sys
 
 from mimo_strategy.layout import LayoutError
 
-
 _RANK = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 

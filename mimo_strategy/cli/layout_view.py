@@ -16,7 +16,8 @@ from mimo_strategy.planning.groups import feeds, groups, lane_ranks
 from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.planning.report import LayoutReport, RankMemory
 
-_MOST_CELLS = 512
+_NOTHING = "\N{MIDDLE DOT}"
+_MOST_CELLS = 128
 """Ranks that are drawn one by one; of more, lanes are summed up."""
 _MOST_ROWS = 8
 """Rows of a table before those that only repeat are summed up."""
@@ -59,25 +60,29 @@ def _headings(report: LayoutReport) -> RenderableType:
 
 
 def _map(report: LayoutReport, width: int) -> RenderableType:
-    """Every module a strip of ranks: a hue for a lane, a shade for a shard of it."""
+    """Every module a strip of ranks: the number and hue of a lane, a shade for a shard of it."""
     world_size = report.layout.world_size
     if world_size > _MOST_CELLS:
         return Group(*(_summed_up(report, module) for module in _modules(report)), _legend())
     digits = len(str(world_size - 1))
-    label = max(map(len, report.layout.modules)) + 2
+    label = max(map(len, [*report.layout.modules, "rank"])) + 2
     room = max(1, (width - label) // (digits + 1))
     columns = min(world_size, 1 << (room.bit_length() - 1))
     lines = []
     for start in range(0, world_size, columns):
+        ranks = range(start, min(start + columns, world_size))
+        lines.append(Text(f"{'rank':<{label}}" + "".join(f"{rank:>{digits}} " for rank in ranks), MUTED))
         for module in _modules(report):
-            line = Text(f"{module.name if start == 0 else '':<{label}}", "bold")
-            for rank in range(start, min(start + columns, world_size)):
-                cell = f"{rank:>{digits}} "
-                line.append(cell, _style(report, module, rank) if rank in module.ranks else "bright_black")
+            line = Text(f"{module.name:<{label}}", "bold")
+            for rank in ranks:
+                if rank in module.ranks:
+                    lane = module.coordinates(rank)["dp"]
+                    line.append(f"{lane:>{digits}} ", _style(report, module, rank))
+                else:
+                    line.append(f"{_NOTHING:>{digits}} ", MUTED)
             lines.append(line)
-        if world_size > columns:
-            lines.append(Text())
-    return Group(*lines, _legend())
+        lines.append(Text())
+    return Group(*lines[:-1], _legend())
 
 
 def _summed_up(report: LayoutReport, module: ModuleLayout) -> Text:
@@ -96,9 +101,7 @@ def _summed_up(report: LayoutReport, module: ModuleLayout) -> Text:
 
 
 def _legend() -> Text:
-    return Text(
-        "a hue is a data-parallel lane, a shade a shard (tp, cp) of it, grey a rank without the module\n", MUTED
-    )
+    return Text(f"number and hue: data-parallel lane, shade: shard (tp, cp) of it, {_NOTHING}: not here\n", MUTED)
 
 
 def _lanes(report: LayoutReport) -> RenderableType:
@@ -202,7 +205,8 @@ def _groups(report: LayoutReport, ranks: list[int]) -> RenderableType:
 
 def _checks(report: LayoutReport) -> RenderableType:
     if not report.failures:
-        return Panel("every check passed", border_style="green")
+        overflow = Text(f"\n{report.overflow}", "yellow") if report.overflow else Text()
+        return Panel(Text("every check passed").append(overflow), border_style="green")
     lines = Text("\n".join(f"x {failure}" for failure in report.failures))
     if report.suggestion:
         lines.append(f"\n\n{report.suggestion}", "bold")

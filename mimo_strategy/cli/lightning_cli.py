@@ -1,5 +1,6 @@
 """Lightning's command line with what it must know of this package: its classes by name, and one verb at a time."""
 
+import json
 import pkgutil
 import sys
 from importlib import import_module
@@ -27,7 +28,7 @@ for package in ("modules", "datamodules"):
     if find_spec(package) is not None:
         import_module(package)
 
-_OPTION, _STRATEGY = "--trainer.strategy", "mimo_strategy.MimoHeteroStrategy"
+_OPTION, _STRATEGY = "--trainer.strategy", {"class_path": "mimo_strategy.MimoHeteroStrategy"}
 
 # What a datamodule may know that a model must be told.
 _OF_THE_DATA = {
@@ -85,7 +86,7 @@ class MimoCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=MimoArgumentParser,
-            trainer_defaults={"strategy": {"class_path": _STRATEGY}}
+            trainer_defaults={"strategy": _STRATEGY}
             | ({"callbacks": [CaptionWriter()]} if verb == "predict" else {}),
             save_config_callback=SaveConfigCallback if verb == "fit" else None,
             save_config_kwargs={"overwrite": True},
@@ -134,7 +135,7 @@ def _with_class_path(arguments: list[str]) -> list[str]:
         named.append(argument)
         option, _, value = argument.partition("=") if "=" in argument else (previous, "", argument)
         if (option in ("-c", "--config") and _names_strategy(value)) or (option == _OPTION and value == NAME):
-            named.append(f"{_OPTION}={_STRATEGY}")
+            named.append(f"{_OPTION}={json.dumps(_STRATEGY)}")
     return named
 
 

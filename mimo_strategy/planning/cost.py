@@ -154,11 +154,21 @@ class ModuleCost:
     sent: float = 0.0
     recompute: bool = False
 
-    def kept(self, stage: int, in_flight: int) -> float:
-        """Bytes that a rank of ``stage`` keeps at most, of ``in_flight`` microbatches whose backward is to come."""
+    def kept(self, stage: int) -> float:
+        """Bytes that a rank of ``stage`` keeps of a microbatch between its forward and its backward pass."""
+        return sum(self._kept_of(layer) for layer in self.stages[stage])
+
+    def recomputed(self, stage: int) -> float:
+        """Bytes beyond :meth:`kept` that are there while the backward pass computes the largest layer again.
+
+        What the layers behind the last recomputed one kept is free by then.
+        """
         layers = self.stages[stage]
-        if not self.recompute:
-            return in_flight * sum(layer.kept for layer in layers)
-        between = sum(layer.kept if layer.kept_input is None else layer.kept_input for layer in layers)
-        again = max((layer.kept for layer in layers if layer.kept_input is not None), default=0.0)
-        return in_flight * between + again
+        if not self.recompute or all(layer.kept_input is None for layer in layers):
+            return 0.0
+        again = max(layer.kept for layer in layers if layer.kept_input is not None)
+        last = max(number for number, layer in enumerate(layers) if layer.kept_input is not None)
+        return max(0.0, again - sum(layer.kept for layer in layers[last + 1 :]))
+
+    def _kept_of(self, layer: Layer) -> float:
+        return layer.kept if layer.kept_input is None or not self.recompute else layer.kept_input

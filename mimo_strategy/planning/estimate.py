@@ -152,12 +152,29 @@ class Estimator:
             for place in places
         }
         activations = {
-            name: tuple(stage.cost.kept(number, in_flight[name, number]) for number, stage in enumerate(module))
+            name: [
+                in_flight[name, number] * stage.cost.kept(number) + stage.cost.recomputed(number)
+                for number, stage in enumerate(module)
+            ]
             for name, module in stages.items()
         }
+        if layout.placement is Placement.COLOCATED:
+            self._recompute_in_turn(activations, stages)
         step = _Step(self.job, layout, num_microbatches, stages)
         seconds = step.pipelined(in_order) if pipelined else step.one_after_another()
+        activations = {name: tuple(kept) for name, kept in activations.items()}
         return Estimate(layout, num_microbatches, seconds, activations, stages)
+
+    def _recompute_in_turn(
+        self, activations: dict[str, list[float]], stages: Mapping[str, tuple[StageEstimate, ...]]
+    ) -> None:
+        """Encoders that share the language model's ranks compute again when what that has kept is free."""
+        free = stages[LANGUAGE][0].cost.kept(0)
+        most = stages[LANGUAGE][0].cost.recomputed(0)
+        for name in stages.keys() - {LANGUAGE}:
+            again = stages[name][0].cost.recomputed(0)
+            activations[name][0] -= again
+            activations[LANGUAGE][0] += max(0.0, again - free - most)
 
     def _module(self, layout: ModuleLayout, num_microbatches: int) -> tuple[StageEstimate, ...]:
         key = (layout, num_microbatches)

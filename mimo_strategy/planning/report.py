@@ -10,6 +10,7 @@ from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, Mo
 from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Estimate, Estimator, Job
 from mimo_strategy.planning.groups import feeds, groups, lane_ranks, samples_per_lane
+from mimo_strategy.planning.memory import gibibytes
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class LayoutReport:
         unknown: why there is no estimate.
         batch_size: samples of a step batch.
         num_microbatches: microbatches of a step.
+        device_memory: bytes of a device.
     """
 
     layout: Layout | None
@@ -48,6 +50,7 @@ class LayoutReport:
     unknown: str
     batch_size: int | None
     num_microbatches: int
+    device_memory: float
 
     @cached_property
     def samples(self) -> Mapping[str, int]:
@@ -65,6 +68,16 @@ class LayoutReport:
             self.estimate.activations[module.name][stage],
         )
 
+    @property
+    def overflow(self) -> str:
+        """That the fullest rank needs more than there is; empty if it does not, or nothing is estimated."""
+        if self.estimate is None or self.estimate.peak_bytes <= self.device_memory:
+            return ""
+        return (
+            f"a rank needs about {gibibytes(self.estimate.peak_bytes)}, a device has {gibibytes(self.device_memory)}: "
+            "take more microbatches, recompute_layers, or a layout that `mimo plan` finds"
+        )
+
     def layers(self, module: ModuleLayout, stage: int) -> dict[str, int]:
         """Kinds of layers of a stage and how many of each, in the order of their first."""
         return dict(Counter(layer.name for layer in self.estimate.stages[module.name][stage].cost.stages[stage]))
@@ -75,6 +88,7 @@ class LayoutReport:
             "fits": not self.failures,
             "failures": list(self.failures),
             "suggestion": self.suggestion or None,
+            "overflow": self.overflow or None,
             "batch_size": self.batch_size,
             "num_microbatches": self.num_microbatches,
         }
@@ -152,4 +166,13 @@ def report_layout(
             estimate = Estimator(job).estimate(layout, num_microbatches)
         except CostUnknown as error:
             unknown = str(error)
-    return LayoutReport(layout, failures, suggestion, estimate, unknown, job.batch_size or None, num_microbatches)
+    return LayoutReport(
+        layout,
+        failures,
+        suggestion,
+        estimate,
+        unknown,
+        job.batch_size or None,
+        num_microbatches,
+        job.machine.memory,
+    )
