@@ -239,6 +239,27 @@ def test_help_comes_without_torch_and_the_name_with_lightning():
     assert result.returncode == 0, result.stderr
 
 
+COMPLETED = {
+    "mimo f": ["fit"],
+    "mimo fit --trainer.max_s": ["--trainer.max_steps"],
+    "mimo fit --model ": ["MambaMoE", "NemotronVLM"],
+    "mimo fit --model.radio.image_h": ["--model.radio.image_height"],
+    "mimo predict --trainer.strategy.modules.language.rank": ["--trainer.strategy.modules.language.rank_offset"],
+    "mimo fit --trainer.strategy.on_save_failure ": ["raise", "warn"],
+}
+
+
+def test_a_shell_completes_verbs_options_and_classes(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    for line, completed in COMPLETED.items():
+        words = line.split(" ")
+        ask = f"""source script; COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}
+        _shtab_mimo mimo "${{@: -1}}" "${{@: -2:1}}"; echo "${{COMPREPLY[*]}}" """
+        result = subprocess.run(["bash", "-c", ask, "bash", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert result.stdout.split() == completed, line
+
+
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize(
     ("images", "language"),
