@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,7 +257,7 @@ def test_a_shell_completes_verbs_options_and_classes(tmp_path, capsys):
     (tmp_path / "script").write_text(capsys.readouterr().out)
     for line, completed in COMPLETED.items():
         words = line.split(" ")
-        ask = f"""source script; COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}
+        ask = f"""source ./script; COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}
         _shtab_mimo mimo "${{@: -1}}" "${{@: -2:1}}"; echo "${{COMPREPLY[*]}}" """
         result = subprocess.run(["bash", "-c", ask, "bash", *words], cwd=tmp_path, capture_output=True, text=True)
         assert result.stdout.split() == completed, line
@@ -321,6 +324,30 @@ def test_a_run_is_trained_written_and_exported(tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(tmp_path / "none.ckpt"), str(file)]) == 2
     assert "mimo export: there is no" in capsys.readouterr().err
+
+
+def commands_of_the_page():
+    page = (ROOT / "docs/command-line.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("mimo ")]
+
+
+def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch):
+    commands = commands_of_the_page()
+    assert len(commands) > 8
+    monkeypatch.chdir(ROOT)
+    for verb, *arguments in commands:
+        assert verb in {*VERBS, "--help"}
+        if verb == "fit":
+            read_run([argument for argument in arguments if argument != "--print_config"])
+
+
+def test_the_configuration_of_the_documentation_is_one(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "config.yaml").write_text(shown)
+    shutil.copytree(CONFIGS / "model", tmp_path / "model")
+    run, digits = (read_run(["--config", str(path)]) for path in (tmp_path / "config.yaml", DIGITS))
+    assert (run.modules, run.num_microbatches) == (digits.modules, digits.num_microbatches)
 
 
 @pytest.mark.exhaustive
