@@ -14,8 +14,8 @@ from torch.distributed.run import get_args_parser
 
 from mimo_strategy.cli.main import VERBS
 
-# what readers write themselves, and what a set-up makes
-_READERS_FILES = {"train.py", ".venv/bin/activate"}
+# what readers write themselves, and what a set-up or a run makes
+_READERS_FILES = re.compile(r"train\.py|\.venv/bin/activate|runs/.*")
 _PYTEST_OPTIONS = {"-q", "-m", "--accelerator", "--write-proof"}
 
 
@@ -56,7 +56,7 @@ def _python(words: list[str], where: str) -> None:
 def _script(words: list[str], where: str) -> None:
     script, *options = words
     _file([script], where)
-    if script not in _READERS_FILES:
+    if not _READERS_FILES.fullmatch(script):
         source = (ROOT / script).read_text()
         for option in options:
             assert not option.startswith("--") or f'"{option.split("=")[0]}"' in source, where
@@ -98,7 +98,7 @@ def _mimo(words: list[str], where: str) -> None:
 
 
 def _file(words: list[str], where: str) -> None:
-    assert words[0] in _READERS_FILES or (ROOT / words[0]).is_file(), where
+    assert _READERS_FILES.fullmatch(words[0]) or (ROOT / words[0]).is_file(), where
 
 
 _COMMANDS: dict[str, Callable[[list[str], str], None]] = {
