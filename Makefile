@@ -10,7 +10,10 @@ VENV_PYTHON = "$(VENV)/bin/python"
 OMP_NUM_THREADS ?= 1
 export VENV OMP_NUM_THREADS
 
-.PHONY: help setup train test test-all proof lint format clean known-layout
+# What only the documentation needs is installed when it is first built.
+DOCS_INSTALLED = $(VENV_PYTHON) -c 'import furo, myst_parser' 2>/dev/null
+
+.PHONY: help setup train test test-all proof docs lint format clean known-layout
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -30,6 +33,11 @@ test-all: setup ## run the tests, and many more of the same kind
 proof: setup ## compare layouts with one process and write docs/numerical_proof.md
 	$(VENV_PYTHON) -m pytest -q tests/proof --write-proof=docs/numerical_proof.md
 
+docs: setup ## build the documentation in docs/_build/html
+	@$(DOCS_INSTALLED) || $(VENV_PYTHON) -m pip install --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	$(VENV_PYTHON) -m sphinx -W --keep-going -E -a -q docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html."
+
 lint: setup ## check style and format
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
@@ -39,7 +47,7 @@ format: setup ## fix style and format
 	$(VENV_PYTHON) -m ruff format
 
 clean: ## remove runs, checkpoints and caches
-	rm -rf runs checkpoints lightning_logs build dist .pytest_cache .ruff_cache
+	rm -rf runs checkpoints lightning_logs build dist docs/_build .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 known-layout:

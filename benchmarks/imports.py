@@ -22,7 +22,7 @@ from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 """
-PACKAGE = "import mimo_strategy"
+PACKAGE = "from mimo_strategy import MimoHeteroStrategy"
 
 
 def seconds(code: str) -> float:

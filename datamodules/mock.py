@@ -158,6 +158,8 @@ class MockImageDataModule(StepDataModule):
             num_workers=num_workers,
         )
         self.images_per_sample = (fewest, most)
+        self.vocab_size = vocab_size
+        self.image_token_id = image_token_id
         self.pad_token_id = train_dataset.pad_token_id
         self.end_token_id = train_dataset.end_token_id
 

@@ -3,9 +3,10 @@
 Plain Python, so that a wrong layout is refused before any process group exists.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from itertools import combinations
 from types import MappingProxyType
 from typing import Self
@@ -17,7 +18,20 @@ _NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
 
 class LayoutError(ValueError):
-    """A layout that does not fit; the message shows the arithmetic and a layout that would fit."""
+    """A layout that does not fit; the message shows the arithmetic of every check that failed.
+
+    Attributes:
+        failures: one sentence for each check that failed.
+        suggestion: a layout that would fit, or that there is none near; empty where none was sought.
+    """
+
+    def __init__(self, *failures: str, suggestion: str = "") -> None:
+        super().__init__("\n".join([*failures, suggestion] if suggestion else failures))
+        self.failures = failures
+        self.suggestion = suggestion
+
+    def __reduce__(self) -> tuple:
+        return partial(type(self), suggestion=self.suggestion), self.failures
 
 
 class Placement(StrEnum):
@@ -151,7 +165,7 @@ class Layout:
         try:
             return cls._resolve(sizes, world_size, modules)
         except LayoutError as error:
-            raise LayoutError(f"{error}\n{_suggestion(sizes, world_size, modules)}") from None
+            raise LayoutError(*error.failures, suggestion=_suggestion(sizes, world_size, modules)) from None
 
     @property
     def loss_rank(self) -> int:
@@ -161,27 +175,25 @@ class Layout:
 
     @classmethod
     def _resolve(cls, sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> Self:
-        _check_names(sizes, modules)
+        failures = list(_name_failures(sizes, modules))
+        if failures:
+            raise LayoutError(*failures)
+        resolved = {}
         # sizes order, so that every rank creates groups in the same order whatever the user's order
-        resolved = {name: _resolve_module(name, modules[name], sizes[name], world_size) for name in sizes}
-        layout = cls(MappingProxyType(resolved), world_size, _placement(resolved, world_size))
-        layout._check_bridges()
-        return layout
-
-    def _check_bridges(self) -> None:
-        for module in self.modules.values():
-            if module.pp > 1 and len(self.modules) > 1 and self.placement is Placement.COLOCATED:
-                raise LayoutError(
-                    f"colocated modules cannot be pipelined: {module.name} has pp {module.pp} on ranks "
-                    f"{_span(module.ranks)}, which all modules share"
-                )
-        # of any two, as ranks load the samples of one module and give parts of them to the others
-        for one, other in combinations(self.modules.values(), 2):
-            if one.dp % other.dp and other.dp % one.dp:
-                raise LayoutError(
-                    f"one of the dp sizes must be a multiple of the other: {one.name} has dp {one.dp}, "
-                    f"{other.name} has dp {other.dp}"
-                )
+        for name, size in sizes.items():
+            wrong = list(_number_failures(name, modules[name]))
+            if not wrong:
+                wrong += _size_failures(name, modules[name], size)
+                resolved[name] = _resolve_module(name, modules[name], world_size, wrong)
+            failures += wrong
+        placed = {name: module for name, module in resolved.items() if module is not None}
+        if len(placed) == len(sizes):
+            failures += _placement_failures(placed, world_size)
+        placement = Placement.COLOCATED if len({module.ranks for module in placed.values()}) == 1 else None
+        failures += _bridge_failures(placed, placement)
+        if failures:
+            raise LayoutError(*failures)
+        return cls(MappingProxyType(placed), world_size, placement or Placement.NON_COLOCATED)
 
     def __str__(self) -> str:
         return "\n".join(f"  {module}" for module in self.modules.values())
@@ -213,57 +225,56 @@ def default_modules(sizes: Mapping[str, ModuleSizes], world_size: int) -> dict[s
     }
 
 
-def _check_names(sizes: Mapping[str, ModuleSizes], modules: Mapping[str, ModuleParallel]) -> None:
+def _name_failures(sizes: Mapping[str, ModuleSizes], modules: Mapping[str, ModuleParallel]) -> Iterator[str]:
     if LANGUAGE not in sizes:
-        raise LayoutError(f"the model's modules are {sorted(sizes)}, but one must be named {LANGUAGE}")
+        yield f"the model's modules are {sorted(sizes)}, but one must be named {LANGUAGE}"
     missing, unknown = sizes.keys() - modules.keys(), modules.keys() - sizes.keys()
     if missing or unknown:
-        raise LayoutError(
+        yield (
             f"the model's modules are {sorted(sizes)}, the layout names {sorted(modules)}"
             + (f"; missing: {sorted(missing)}" if missing else "")
             + (f"; unknown: {sorted(unknown)}" if unknown else "")
         )
 
 
-def _resolve_module(name: str, asked: ModuleParallel, sizes: ModuleSizes, world_size: int) -> ModuleLayout:
-    _check_numbers(name, asked)
+def _resolve_module(name: str, asked: ModuleParallel, world_size: int, failures: list[str]) -> ModuleLayout | None:
+    """The layout of one module whose factors are numbers; what does not fit is added to ``failures``."""
     model_ranks = asked.tp * asked.cp * asked.pp
     num_ranks = asked.num_ranks
     if num_ranks is None:
         num_ranks = model_ranks * asked.dp if asked.dp else world_size - asked.rank_offset
     if asked.rank_offset >= world_size:
-        raise LayoutError(
+        failures.append(
             f"{name}: rank_offset {asked.rank_offset} is beyond the world of {world_size} ranks, 0 to {world_size - 1}"
         )
+        return None
     if asked.rank_offset + num_ranks > world_size:
-        raise LayoutError(
+        failures.append(
             f"{name}: rank_offset {asked.rank_offset} + {num_ranks} ranks "
             f"(tp {asked.tp} x cp {asked.cp} x dp {asked.dp or '?'} x pp {asked.pp}) exceeds the world of "
             f"{world_size} ranks"
         )
+        return None
     dp = asked.dp or num_ranks // model_ranks
     if model_ranks * dp != num_ranks:
-        raise LayoutError(
+        failures.append(
             f"{name}: tp {asked.tp} x cp {asked.cp} x dp {asked.dp or '?'} x pp {asked.pp} = "
             f"{model_ranks * dp if asked.dp else f'{model_ranks} x dp'} does not make its {num_ranks} ranks"
         )
+        return None
     stage_ranks = num_ranks // asked.pp
     edp = stage_ranks // (asked.etp * asked.ep)
     if asked.etp * asked.ep * edp != stage_ranks:
-        raise LayoutError(
+        failures.append(
             f"{name}: etp {asked.etp} x ep {asked.ep} x edp must equal tp {asked.tp} x cp {asked.cp} x dp {dp} = "
             f"{stage_ranks}, which {asked.etp * asked.ep} does not divide"
         )
-    layout = ModuleLayout(
-        name, asked.tp, asked.cp, dp, asked.pp, asked.ep, asked.etp, edp, asked.rank_offset, num_ranks
-    )
-    _check_sizes(layout, sizes)
-    return layout
+    return ModuleLayout(name, asked.tp, asked.cp, dp, asked.pp, asked.ep, asked.etp, edp, asked.rank_offset, num_ranks)
 
 
-def _check_numbers(name: str, asked: ModuleParallel) -> None:
+def _number_failures(name: str, asked: ModuleParallel) -> Iterator[str]:
     for factor, value in _wrong_numbers(asked).items():
-        raise LayoutError(f"{name}: {factor} must be a whole number of at least {_least(factor)}, got {value!r}")
+        yield f"{name}: {factor} must be a whole number of at least {_least(factor)}, got {value!r}"
 
 
 def _wrong_numbers(asked: ModuleParallel) -> dict[str, object]:
@@ -278,40 +289,49 @@ def _least(factor: str) -> int:
     return 0 if factor == "rank_offset" else 1
 
 
-def _check_sizes(layout: ModuleLayout, sizes: ModuleSizes) -> None:
+def _size_failures(name: str, asked: ModuleParallel, sizes: ModuleSizes) -> Iterator[str]:
     for factor, divides in (("tp", sizes.tp_divides), ("etp", sizes.etp_divides)):
         for what, size in divides.items():
-            if size % getattr(layout, factor):
-                raise LayoutError(f"{layout.name}: {factor} {getattr(layout, factor)} does not divide {what} {size}")
+            if size % getattr(asked, factor):
+                yield f"{name}: {factor} {getattr(asked, factor)} does not divide {what} {size}"
     if not sizes.num_experts:
         for factor in ("ep", "etp"):
-            if getattr(layout, factor) > 1:
-                raise LayoutError(f"{layout.name}: {factor} {getattr(layout, factor)} but the module has no experts")
-    elif sizes.num_experts % layout.ep:
-        raise LayoutError(f"{layout.name}: ep {layout.ep} does not divide its {sizes.num_experts} experts")
-    if layout.pp not in sizes.pp_stages:
-        raise LayoutError(
-            f"{layout.name}: pp {layout.pp} is not possible; its layers can be cut into "
-            f"{', '.join(map(str, sorted(sizes.pp_stages)))} stage(s)"
-        )
-    if layout.cp > sizes.max_cp:
-        raise LayoutError(
-            f"{layout.name}: cp {layout.cp} is not supported; the largest cp of this module is {sizes.max_cp}"
-        )
+            if getattr(asked, factor) > 1:
+                yield f"{name}: {factor} {getattr(asked, factor)} but the module has no experts"
+    elif sizes.num_experts % asked.ep:
+        yield f"{name}: ep {asked.ep} does not divide its {sizes.num_experts} experts"
+    if asked.pp not in sizes.pp_stages:
+        stages = ", ".join(map(str, sorted(sizes.pp_stages)))
+        yield f"{name}: pp {asked.pp} is not possible; its layers can be cut into {stages} stage(s)"
+    if asked.cp > sizes.max_cp:
+        yield f"{name}: cp {asked.cp} is not supported; the largest cp of this module is {sizes.max_cp}"
 
 
-def _placement(modules: Mapping[str, ModuleLayout], world_size: int) -> Placement:
+def _placement_failures(modules: Mapping[str, ModuleLayout], world_size: int) -> Iterator[str]:
     spans = {name: module.ranks for name, module in modules.items()}
     shown = ", ".join(f"{name} on {_span(ranks)}" for name, ranks in spans.items())
     covered = set().union(*spans.values())
     if len(covered) < world_size:
         idle = sorted(set(range(world_size)) - covered)
-        raise LayoutError(f"the modules leave a gap: {shown}; ranks {idle} of {world_size} would have no work")
-    if len(set(spans.values())) == 1:
-        return Placement.COLOCATED
-    if sum(map(len, spans.values())) > world_size:
-        raise LayoutError(f"modules must share all ranks or none, they overlap in part: {shown}")
-    return Placement.NON_COLOCATED
+        yield f"the modules leave a gap: {shown}; ranks {idle} of {world_size} would have no work"
+    elif len(set(spans.values())) > 1 and sum(map(len, spans.values())) > world_size:
+        yield f"modules must share all ranks or none, they overlap in part: {shown}"
+
+
+def _bridge_failures(modules: Mapping[str, ModuleLayout], placement: Placement | None) -> Iterator[str]:
+    for module in modules.values():
+        if module.pp > 1 and len(modules) > 1 and placement is Placement.COLOCATED:
+            yield (
+                f"colocated modules cannot be pipelined: {module.name} has pp {module.pp} on ranks "
+                f"{_span(module.ranks)}, which all modules share"
+            )
+    # of any two, as ranks load the samples of one module and give parts of them to the others
+    for one, other in combinations(modules.values(), 2):
+        if one.dp % other.dp and other.dp % one.dp:
+            yield (
+                f"one of the dp sizes must be a multiple of the other: {one.name} has dp {one.dp}, "
+                f"{other.name} has dp {other.dp}"
+            )
 
 
 def _suggestion(sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> str:

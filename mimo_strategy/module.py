@@ -19,7 +19,8 @@ from mimo_strategy.checkpoint.weights import load_weights
 from mimo_strategy.generation import Generation, generate
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
-from mimo_strategy.prediction import Prediction, predict_own
+from mimo_strategy.planning.cost import CostUnknown, ModuleCost, Workload
+from mimo_strategy.prediction import Prediction, find_decoder, predict_own
 from mimo_strategy.runtime.gradients import balance_experts, hold_frozen_routers
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
@@ -157,6 +158,30 @@ class MimoModule(LightningModule):
         """
         return 0.0
 
+    def module_cost(self, name: str, layout: ModuleLayout, workload: Workload) -> ModuleCost:
+        """What a module's layers cost for one microbatch of one lane, for ``mimo layout`` and ``mimo plan``; optional.
+
+        Args:
+            name: one of :meth:`module_sizes`.
+            layout: the module's layout; may be any that fits its sizes.
+            workload: the microbatch.
+
+        Raises:
+            CostUnknown: if the model does not tell.
+        """
+        raise CostUnknown(
+            f"{type(self).__name__} does not tell what its modules cost: memory and time cannot be estimated before it "
+            "implements module_cost (and longest_sample)"
+        )
+
+    def longest_sample(self) -> tuple[int, Mapping[str, int]]:
+        """Tokens of the longest sample and its items of each encoder, which estimates assume of every sample; optional.
+
+        Raises:
+            CostUnknown: if the model does not tell.
+        """
+        raise CostUnknown(f"{type(self).__name__} does not tell its longest_sample: give its length")
+
     def forward(self, batch: Batch, *, labels: torch.Tensor | None = None) -> Any:
         """Run the modules of this rank on one microbatch.
 
@@ -254,8 +279,7 @@ class MimoModule(LightningModule):
         It is decoded by the ``vocabulary`` or ``tokenizer`` of the Trainer's datamodule, if that has one.
         """
         generation = self.generate(batch, end_token_id=end_token_id, **settings)
-        datamodule = self.trainer.datamodule
-        decoder = getattr(datamodule, "vocabulary", getattr(datamodule, "tokenizer", None))
+        decoder = find_decoder(self.trainer.datamodule)
         return predict_own(generation, self.trainer.global_rank, self.trainer.world_size, decoder)
 
     def make_optimizer(self, config: OptimizerConfig | Mapping[str, OptimizerConfig]) -> torch.optim.Optimizer:

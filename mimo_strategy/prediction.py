@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from mimo_strategy.generation import Generation
@@ -13,6 +13,11 @@ class Decodes(Protocol):
     """Turns token ids into text: a tokenizer or vocabulary."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def find_decoder(datamodule: Any) -> Decodes | None:
+    """The ``vocabulary`` or ``tokenizer`` of a datamodule, if it has one."""
+    return getattr(datamodule, "vocabulary", getattr(datamodule, "tokenizer", None))
 
 
 class Prediction(NamedTuple):

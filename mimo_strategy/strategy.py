@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -37,6 +37,7 @@ from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.preemption import Preemption
+from mimo_strategy.registration import NAME
 from mimo_strategy.runtime.runtime import MimoRuntime, release_abandoned
 from mimo_strategy.step_batch import StepShare
 from mimo_strategy.topology import Topology
@@ -69,7 +70,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         LayoutError: from ``Trainer.fit`` and the like, before any process group exists, if the layout does not fit.
     """
 
-    strategy_name = "mimo_hetero"
+    strategy_name = NAME
 
     def __init__(
         self,
@@ -135,11 +136,22 @@ class MimoHeteroStrategy(ParallelStrategy):
         if IS_INTERACTIVE and self.num_processes * self.num_nodes > 1:
             refuse_launcher("a notebook or interactive session")
         self._launcher = CheckingLauncher(
-            self._check, _last_checkpoint, self.cluster_environment, self.num_processes, self.num_nodes
+            self.check, _last_checkpoint, self.cluster_environment, self.num_processes, self.num_nodes
         )
 
-    def _check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
-        """Refuse, before any process is started or group made, what cannot work; sets the layout."""
+    def check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
+        """Refuse what cannot work, and set the layout; the Trainer's verbs do so before any other process is started.
+
+        Args:
+            trainer: whose strategy this is.
+            model: to be trained.
+            data: loaders, nested or not, and LightningDataModules.
+
+        Raises:
+            LayoutError: if the layout does not fit.
+            TypeError: for a model, data or settings of the wrong type.
+            ValueError: for flags, callbacks or batch sizes that cannot work.
+        """
         check_trainer(trainer)
         check_module(model)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
@@ -423,16 +435,3 @@ def _last_checkpoint(trainer: Trainer) -> str | None:
     """The newest whole checkpoint where the Trainer's callbacks keep theirs; Lightning would take a damaged one too."""
     found = newest_whole(checkpoint_folders(trainer))
     return str(found) if found else None
-
-
-StrategyRegistry.register(
-    MimoHeteroStrategy.strategy_name,
-    MimoHeteroStrategy,
-    description="megatron-core with a parallel layout per module",
-    # a package imported twice, once as __main__, must not fail
-    override=True,
-)
-for method in ("spawn", "fork", "notebook"):
-    StrategyRegistry.register(
-        f"{MimoHeteroStrategy.strategy_name}_{method}", refuse_launcher, override=True, start_method=method
-    )

@@ -12,16 +12,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from mimo_strategy.batch_checks import check_tokens
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.module import MimoModule
+from mimo_strategy.planning.cost import ModuleCost, Workload
 from mimo_strategy.step_batch import Batch
 from modules.layer_specs import ACTIVATIONS, hybrid_stack_spec
+from modules.mamba_moe_cost import language_cost, layer_work, output_work
 from modules.transformer import transformer_config
 
 NEMOTRON_20_LAYERS = "MEMEM*EMEMEM*EMEMEM*"
 NEMOTRON_54_LAYERS = "MEMEM*EMEM*EMEM*EMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEME"
 
 _LAYER_SYMBOLS = "M*-E"
-# of Mamba-2 in megatron-core
-_CONVOLUTION_WIDTH = 4
 
 
 @dataclass(frozen=True)
@@ -250,28 +250,16 @@ class MambaMoE(MimoModule):
         )
 
     def forward_flops(self, name: str, batch: Batch) -> float:
-        """Matrix products, convolutions and scans of all layers; attention over whole sequences, as if not causal.
-
-        Without dropping, every token takes ``experts_per_token`` experts wherever these are. A scan costs 5
-        operations for each element of the state: to decay it, to make and add what is new, and to read it.
-        """
-        config = self.config
-        width, heads = config.hidden_size, config.num_attention_heads
-        head = config.kv_channels or width // heads
+        """Operations of all layers and of the logits; see :func:`.mamba_moe_cost.layer_work`."""
         samples, length = batch["input_ids"].shape
-        inner, groups = config.mamba_num_heads * config.mamba_head_dim, config.mamba_num_groups * config.mamba_state_dim
-        by_layer = {
-            "*": 2 * width * (2 * heads + 2 * config.num_query_groups) * head + 4 * length * heads * head,
-            "-": 4 * width * config.ffn_hidden_size,
-            "E": 2 * width * config.num_experts
-            + 4 * width * config.experts_per_token * config.expert_ffn_hidden_size
-            + 4 * width * config.shared_expert_ffn_hidden_size,
-            "M": 2 * width * (3 * inner + 2 * groups + config.mamba_num_heads)
-            + 2 * _CONVOLUTION_WIDTH * (inner + 2 * groups)
-            + 5 * inner * config.mamba_state_dim,
-        }
-        token = sum(by_layer[layer] for layer in config.layers) + 2 * width * config.vocab_size
-        return float(samples * length * token)
+        token = sum(layer_work(self.config, symbol, length).flops for symbol in self.config.layers)
+        return float(samples * length * (token + output_work(self.config).flops))
+
+    def module_cost(self, name: str, layout: ModuleLayout, workload: Workload) -> ModuleCost:
+        return language_cost(self.config, layout, workload)
+
+    def longest_sample(self) -> tuple[int, dict[str, int]]:
+        return self.config.max_sequence_length, {}
 
     def encoder_inputs(self, name: str, items: torch.Tensor) -> dict[str, dict[str, Any]]:
         raise ValueError(f"a text-only model has no encoder {name}")

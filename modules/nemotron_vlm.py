@@ -16,12 +16,13 @@ from mimo_strategy.batch_checks import check_items, check_tokens
 from mimo_strategy.generation import Generation, Sampling
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.module import MimoModule
+from mimo_strategy.planning.cost import ModuleCost, Workload
 from mimo_strategy.prediction import Prediction
 from mimo_strategy.step_batch import Batch
 from modules.mamba_moe import MambaMoE, MambaMoEConfig
 from modules.projector import Projector, ProjectorConfig
 from modules.radio import RadioConfig, RadioEncoder
-from modules.vision import vision_sizes, vision_spec
+from modules.vision import vision_cost, vision_sizes, vision_spec
 
 IMAGES = "images"
 
@@ -98,6 +99,14 @@ class NemotronVLM(MimoModule):
         num_images = len(batch.get(IMAGES, ()))
         tokens = num_images * self.encoder.config.tokens_per_image
         return self.encoder.forward_flops(num_images) + self.projector.forward_flops(tokens)
+
+    def module_cost(self, name: str, layout: ModuleLayout, workload: Workload) -> ModuleCost:
+        if name == LANGUAGE:
+            return self.language.module_cost(name, layout, workload)
+        return vision_cost(self.encoder, self.projector, layout, workload.items[IMAGES], workload)
+
+    def longest_sample(self) -> tuple[int, dict[str, int]]:
+        return self.language.config.max_sequence_length, {IMAGES: 1}
 
     def check_batch(self, batch: Any) -> None:
         super().check_batch(batch)

@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
+from mimo_strategy.planning.cost import Layer, Transfer, Weight, Work, Workload
 from modules.layer_specs import ACTIVATIONS, mlp_submodules
 from modules.part import EncoderPart
 from modules.transformer import transformer_config
@@ -52,10 +53,36 @@ class Projector(EncoderPart):
 
     def forward_flops(self, num_tokens: int) -> float:
         """Floating-point operations of matrix products for ``num_tokens``."""
+        return self._work(num_tokens).flops
+
+    def layers(self, layout: ModuleLayout, num_tokens: int, workload: Workload) -> tuple[Layer, ...]:
+        """Cost of the linear layers for ``num_tokens``."""
+        config, size, tp = self.config, workload.element_size, layout.tp
+        output = num_tokens * config.output_size * size
+        if config.kind == "affine":
+            weights = (Weight(config.input_size * config.output_size, "tp"),)
+            collective, inner = "all_gather", 0
+        else:
+            inner = self._ffn_hidden_size
+            weights = (Weight(config.input_size * inner, "tp"), Weight(inner * config.output_size, "tp"))
+            collective = "all_reduce"
+        return (
+            Layer(
+                "projector",
+                weights,
+                work=self._work(num_tokens),
+                kept=num_tokens * (config.input_size + 2 * inner / tp) * size,
+                forward=(Transfer("tp", collective, output),) if tp > 1 else (),
+                backward=(Transfer("tp", "all_reduce", num_tokens * config.input_size * size),) if tp > 1 else (),
+                operations=3 if not inner else 5,
+            ),
+        )
+
+    def _work(self, num_tokens: int) -> Work:
         config = self.config
         if config.kind == "affine":
-            return 2.0 * num_tokens * config.input_size * config.output_size
-        return 2.0 * num_tokens * self._ffn_hidden_size * (config.input_size + config.output_size)
+            return Work(matmul=2.0 * num_tokens * config.input_size * config.output_size)
+        return Work(matmul=2.0 * num_tokens * self._ffn_hidden_size * (config.input_size + config.output_size))
 
     def spec(self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype) -> ModuleSpec:
         config = transformer_config(

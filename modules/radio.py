@@ -12,8 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
+from mimo_strategy.planning.cost import Layer, Workload
 from modules.layer_specs import ACTIVATIONS, vit_layer_spec
 from modules.part import EncoderPart
+from modules.radio_cost import embedding_work, encoder_layers, layer_work
 from modules.transformer import transformer_config
 
 
@@ -66,9 +68,14 @@ class RadioConfig:
                 raise ValueError(f"{side} {pixels} exceeds max_image_size {self.max_image_size}")
 
     @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return self.image_height * self.image_width // self.patch_size**2
+
+    @property
     def tokens_per_image(self) -> int:
         """Tokens that an image becomes."""
-        return self.image_height * self.image_width // (self.patch_size * self.pixel_shuffle) ** 2
+        return self.patches // self.pixel_shuffle**2
 
     @property
     def output_size(self) -> int:
@@ -114,13 +121,12 @@ class RadioEncoder(EncoderPart):
 
     def forward_flops(self, num_images: int) -> float:
         """Floating-point operations of matrix products for ``num_images``."""
-        config = self.config
-        width, patches = config.hidden_size, config.image_height * config.image_width // config.patch_size**2
-        tokens = patches + config.class_tokens
-        linear = 4 * width * width + 2 * width * config.ffn_hidden_size
-        layer = 2 * tokens * linear + 4 * tokens * tokens * width
-        embedding = 2 * patches * 3 * config.patch_size**2 * width
-        return float(num_images * (embedding + config.num_layers * layer))
+        layers = layer_work(self.config).times(self.config.num_layers)
+        return num_images * embedding_work(self.config).plus(layers).flops
+
+    def layers(self, layout: ModuleLayout, num_images: int, workload: Workload) -> tuple[Layer, ...]:
+        """Cost of the layers for ``num_images``."""
+        return encoder_layers(self.config, layout, num_images, workload)
 
     def spec(self, layout: ModuleLayout, groups: ProcessGroupCollection | None, dtype: torch.dtype) -> ModuleSpec:
         config = transformer_config(

@@ -6,6 +6,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
+from mimo_strategy.planning.cost import ModuleCost, Workload
 from modules.projector import Projector
 from modules.radio import RadioEncoder
 
@@ -33,4 +34,17 @@ def vision_spec(
             "encoders": {"radio": encoder.spec(layout, groups, dtype)},
             "input_projections": [projector.spec(layout, groups, dtype)],
         },
+    )
+
+
+def vision_cost(
+    encoder: RadioEncoder, projector: Projector, layout: ModuleLayout, num_images: int, workload: Workload
+) -> ModuleCost:
+    """What both cost together for ``num_images`` of a lane's microbatch."""
+    tokens = num_images * encoder.config.tokens_per_image
+    layers = encoder.layers(layout, num_images, workload) + projector.layers(layout, tokens, workload)
+    return ModuleCost(
+        (layers,),
+        sent=tokens * projector.config.output_size * workload.element_size,
+        recompute=encoder.config.recompute_layers,
     )

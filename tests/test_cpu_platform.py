@@ -14,7 +14,7 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.utils.data import DataLoader
 
-from mimo_strategy.cpu import import_hook
+from mimo_strategy.cpu.redirecting_loader import RedirectingLoader
 from mimo_strategy.testing import run_on_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is redirected")
@@ -262,6 +262,6 @@ def test_only_unedited_modules_are_cached(tmp_path, monkeypatch, source, result,
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "source.py"
     path.write_text(source)
-    code = import_hook._RedirectingLoader("megatron.core.source", str(path)).get_code("megatron.core.source")
+    code = RedirectingLoader("megatron.core.source", str(path)).get_code("megatron.core.source")
     assert code.co_names[1] == result
     assert Path(cache_from_source(path)).exists() is is_cached

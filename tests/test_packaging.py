@@ -1,6 +1,7 @@
 """What is installed, and how `make setup` finds its way. No network is needed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -39,6 +42,16 @@ def test_the_tested_version_is_within_the_range(requirement):
 def test_withdrawn_lightning_is_not_admitted(name, version):
     (requirement,) = (r for r in REQUIREMENTS if r.name == name)
     assert not requirement.specifier.contains(version, prereleases=True)
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert (citation["title"], citation["version"]) == (PROJECT["name"], PROJECT["version"])
+    assert citation["license"] == PROJECT["license"]
+    newest = re.search(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert PROJECT["version"] in newest.groups()
 
 
 def run_script(name, home, **env):
@@ -94,6 +107,11 @@ def test_setup_leaves_a_folder_alone_that_is_no_environment(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_the_documentation_installs_what_it_needs_by_itself():
+    result = make("docs")
+    assert ".[docs]" in result.stdout and "sphinx -W" in result.stdout, result.stderr
+
+
 def make(*arguments):
     return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
 
@@ -108,3 +126,78 @@ def test_train_names_the_layouts_when_given_another():
     result = make("train", "LAYOUT=wrong")
     assert result.returncode != 0
     assert "must be one of: non_colocated colocated" in result.stderr
+
+
+TRAIN = """
+from lightning.pytorch import Trainer
+
+import mimo_strategy
+from datamodules import DigitsDataModule
+from mimo_strategy import MimoHeteroStrategy, ModuleParallel
+from modules import MambaMoEConfig, NemotronVLM, RadioConfig
+
+if __name__ == "__main__":
+    data = DigitsDataModule(batch_size=8)
+    language = MambaMoEConfig.tiny(vocab_size=data.vocab_size)
+    model = NemotronVLM(RadioConfig.tiny(), language, data.image_token_id, data.end_token_id)
+    strategy = MimoHeteroStrategy({"images": ModuleParallel(dp=1), "language": ModuleParallel(dp=1, rank_offset=1)})
+    trainer = Trainer(strategy=strategy, devices=2, accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False)
+    trainer.fit(model, datamodule=data)
+    print("trained", trainer.global_step, "step with", mimo_strategy.__file__, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """An environment with the built wheel, which sees the packages that this one has but not this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("mimo_strategy", "modules", "datamodules", "examples"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    offline = ["--no-index", "--no-deps"]
+    run_in(folder, *pip, "wheel", *offline, "--no-build-isolation", "-w", str(folder), str(source))
+    (wheel,) = folder.glob("*.whl")
+    environment = folder / "environment"
+    run_in(folder, sys.executable, "-m", "venv", "--without-pip", str(environment))
+    run_in(folder, *pip, "--python", str(environment / "bin/python"), "install", *offline, str(wheel))
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    shutil.rmtree(source)
+    return environment
+
+
+def run_in(folder, *command):
+    """What a command prints, run in ``folder`` without the caller's PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_wheel_brings_the_command_and_configurations(installed, tmp_path):
+    mimo = str(installed / "bin/mimo")
+    assert "usage: mimo VERB" in run_in(tmp_path, mimo, "--help")
+    configs = installed / "share/mimo-strategy/configs"
+    of_the_checkout = ROOT / "examples/configs"
+    files = {path.relative_to(of_the_checkout) for path in of_the_checkout.rglob("*.yaml")}
+    assert {path.relative_to(configs) for path in configs.rglob("*.yaml")} == files
+    printed = run_in(tmp_path, mimo, "fit", "--config", str(configs / "cpu-digits.yaml"), "--print_config")
+    assert "class_path: modules.NemotronVLM" in printed and "rank_offset: 2" in printed
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(installed):
+    code = "import mimo_strategy, modules, datamodules; print(mimo_strategy.__file__)"
+    assert run_in(installed, str(installed / "bin/python"), "-c", code).startswith(str(installed))
+    (site_packages,) = installed.glob("lib/python*/site-packages")
+    folders = {path.name for path in site_packages.iterdir() if path.is_dir()}
+    assert {name for name in folders if not name.endswith(".dist-info")} == {"mimo_strategy", "modules", "datamodules"}
+
+
+def test_the_wheel_trains_outside_of_the_checkout(installed, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    printed = run_in(tmp_path, str(installed / "bin/python"), "train.py")
+    assert f"trained 1 step with {installed}" in printed

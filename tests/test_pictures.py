@@ -189,11 +189,23 @@ def test_language_alone_has_no_bridge() -> None:
 )
 def test_512_ranks_keep_their_numbers(modules: dict[str, ModuleParallel], tmp_path: Path) -> None:
     start = time.monotonic()
-    figure = draw_layout(resolve(512, **modules))
+    layout = resolve(512, **modules)
+    figure = draw_layout(layout)
     figure.savefig(tmp_path / "layout.png")
     assert time.monotonic() - start < 60
     shown = texts(figure)
-    assert all(shown.count(str(rank)) >= len(modules) for rank in range(512))
+    for rank in range(512):
+        assert shown.count(str(rank)) >= sum(rank in module.ranks for module in layout.modules.values())
+    for module in layout.modules.values():
+        # the bars above
+        assert any(text.startswith(f"ranks {module.ranks[0]}-") for text in shown)
+
+
+def test_a_world_of_very_many_ranks_is_drawn_as_bars() -> None:
+    modules = {"images": ModuleParallel(dp=8192), "language": ModuleParallel(tp=4, pp=2, rank_offset=8192)}
+    shown = texts(draw_layout(resolve(16_384, **modules)))
+    assert {"ranks 0-8191", "ranks 8192-12287, pp 0", "ranks 12288-16383, pp 1"} <= set(shown)
+    assert len(shown) < 20
 
 
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> Path:

@@ -1,32 +1,25 @@
-"""Hand megatron-core's modules the redirected ``torch`` while they are imported."""
+"""Hand megatron-core's modules the redirected ``torch`` while they are imported.
 
-import builtins
+Without importing torch: whether there is a GPU is looked up when megatron-core is.
+"""
+
 import importlib.abc
 import importlib.machinery
 import sys
-from types import CodeType, ModuleType
+from functools import cache
 
-import torch
-
-from mimo_strategy.cpu import mamba_kernels, redirected_torch
-
-_PACKAGE = "megatron.core"
-_MAMBA = "megatron.core.ssm.mamba_mixer"
-
-# megatron-core compares `tensor.type()` with these names, and moves tensors by `.cuda()`. A method of a tensor
-# cannot be redirected for one caller only, so the few modules that do so are compiled from edited source.
-_EDITS = ((b"'torch.cuda.", b"'torch."), (b".cuda()", b".cpu()"))
+PACKAGE = "megatron.core"
 
 
 def install() -> None:
-    """Redirect every later import of megatron-core to the CPU; does nothing where CUDA is available.
+    """Redirect every later import of megatron-core to the CPU, unless CUDA is available.
 
     Raises:
-        ImportError: if megatron-core was imported before, and so holds the real ``torch``.
+        ImportError: if megatron-core was imported before and, without CUDA, so holds the real ``torch``.
     """
-    if torch.cuda.is_available() or any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
+    if any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
         return
-    if _PACKAGE in sys.modules:
+    if PACKAGE in sys.modules and _redirects():
         raise ImportError(
             "without a GPU, import mimo_strategy before megatron.core: megatron-core must be redirected to the "
             "CPU while it is imported"
@@ -34,36 +27,25 @@ def install() -> None:
     sys.meta_path.insert(0, _MegatronFinder())
 
 
+@cache
+def _redirects() -> bool:
+    import torch
+
+    from mimo_strategy import upstream_noise
+
+    upstream_noise.silence()
+    return not torch.cuda.is_available()
+
+
 class _MegatronFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != _PACKAGE and not fullname.startswith(f"{_PACKAGE}."):
+        if fullname != PACKAGE and not fullname.startswith(f"{PACKAGE}."):
             return None
+        if not _redirects():
+            return None
+        from mimo_strategy.cpu.redirecting_loader import RedirectingLoader
+
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _RedirectingLoader(spec.loader.name, spec.loader.path)
+            spec.loader = RedirectingLoader(spec.loader.name, spec.loader.path)
         return spec
-
-
-class _RedirectingLoader(importlib.machinery.SourceFileLoader):
-    def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["__builtins__"] = _BUILTINS
-        super().exec_module(module)
-        if module.__name__ == _MAMBA:
-            mamba_kernels.bind(module)
-
-    def get_code(self, fullname: str) -> CodeType | None:
-        path = self.get_filename(fullname)
-        source = self.get_data(path)
-        edited = source
-        for upstream, here in _EDITS:
-            edited = edited.replace(upstream, here)
-        # the bytecode cache must keep the unedited module for runs with a GPU
-        return super().get_code(fullname) if edited == source else self.source_to_code(edited, path)
-
-
-def _import(name, globals=None, locals=None, fromlist=(), level=0):
-    module = builtins.__import__(name, globals, locals, fromlist, level)
-    return redirected_torch.REDIRECTED.get(module, module)
-
-
-_BUILTINS = {**vars(builtins), "__import__": _import}

@@ -1,8 +1,9 @@
 """Held-out images with the captions that a model gave them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import batched
 from math import ceil, sqrt
+from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imread, imsave
 from matplotlib.patches import Rectangle
 
 from mimo_strategy.pictures.canvas import MARGIN, crop, page, text_width
@@ -23,17 +25,17 @@ _MOST_COLUMNS, _MOST_LINES = 6, 8
 
 
 class CaptionedImage(NamedTuple):
-    """One sample: ``image`` is ``[3, height, width]`` in [-1, 1] or [0, 1]."""
+    """One sample: ``image`` is ``[3, height, width]`` in [-1, 1] or [0, 1], ``truth`` may not be known."""
 
     image: torch.Tensor | np.ndarray
     prompt: str
     generated: str
-    truth: str
+    truth: str | None
 
     @property
-    def is_right(self) -> bool:
-        """Whether the generated caption is the true one, up to white space."""
-        return self.generated.split() == self.truth.split()
+    def is_right(self) -> bool | None:
+        """Whether the generated caption is the true one, up to white space; ``None`` if that is not known."""
+        return None if self.truth is None else self.generated.split() == self.truth.split()
 
 
 class _Line(NamedTuple):
@@ -53,13 +55,16 @@ def draw_captions(samples: Sequence[CaptionedImage]) -> Figure:
     """
     if not samples:
         raise ValueError("there are no samples to draw")
-    header = f"{sum(sample.is_right for sample in samples)} of {len(samples)} shown are right"
+    verdicts = [sample.is_right for sample in samples]
+    header = f"{len(samples)} shown"
+    if None not in verdicts:
+        header = f"{sum(verdicts)} of {len(samples)} shown are right"
     columns = min(_MOST_COLUMNS, ceil(sqrt(1.5 * len(samples))))
     grid_width = columns * (_SIDE + _GAP) - _GAP
     figure, axes = page(max(grid_width, text_width(header, _HEADER, "bold")) + 2 * MARGIN)
     axes.text(MARGIN, MARGIN, header, size=_HEADER, weight="bold", color=INK, va="top")
     y = MARGIN + 0.5
-    for row in batched(zip(samples, _pixels(samples), strict=True), columns):
+    for row in batched(zip(samples, _pixels(sample.image for sample in samples), strict=True), columns):
         placed = [(MARGIN + column * (_SIDE + _GAP), *cell) for column, cell in enumerate(row)]
         y = max(_draw_image(axes, sample, image, x, y) for x, sample, image in placed) + 0.08
         y = max(_draw_caption(axes, sample, x, y) for x, sample, _ in placed) + _GAP
@@ -67,15 +72,25 @@ def draw_captions(samples: Sequence[CaptionedImage]) -> Figure:
     return figure
 
 
-def _pixels(samples: Sequence[CaptionedImage]) -> list[np.ndarray]:
-    images = [torch.as_tensor(sample.image).detach().float().cpu().numpy() for sample in samples]
+def save_image(image: torch.Tensor, path: str | Path) -> None:
+    """Write an image ``[3, height, width]``, in [-1, 1] if one of its values is negative, otherwise in [0, 1]."""
+    imsave(path, _pixels([image])[0])
+
+
+def load_image(path: str | Path) -> torch.Tensor:
+    """An image ``[3, height, width]`` in [0, 1], as :func:`save_image` wrote it."""
+    return torch.from_numpy(imread(path)[..., :3].transpose(2, 0, 1).copy())
+
+
+def _pixels(images: Iterable[torch.Tensor | np.ndarray]) -> list[np.ndarray]:
+    images = [torch.as_tensor(image).detach().float().cpu().numpy() for image in images]
     if any((image < 0).any() for image in images):
         images = [(image + 1) / 2 for image in images]
     return [image.transpose(1, 2, 0).clip(0, 1) for image in images]
 
 
 def _verdict_color(sample: CaptionedImage) -> str:
-    return GREEN if sample.is_right else VERMILION
+    return {True: GREEN, False: VERMILION, None: INK}[sample.is_right]
 
 
 def _draw_image(axes: Axes, sample: CaptionedImage, image: np.ndarray, x: float, y: float) -> float:
@@ -91,13 +106,13 @@ def _draw_image(axes: Axes, sample: CaptionedImage, image: np.ndarray, x: float,
 def _draw_caption(axes: Axes, sample: CaptionedImage, x: float, y: float) -> float:
     """Draw the texts of a sample from ``(x, y)``; returns where they end."""
     color = _verdict_color(sample)
-    mark = "\N{CHECK MARK}" if sample.is_right else "\N{BALLOT X}"
+    mark = {True: "\N{CHECK MARK}", False: "\N{BALLOT X}", None: ""}[sample.is_right]
     lines = [_Line(text, MUTED) for text in _wrapped(sample.prompt, _SIDE)]
     mark_y = y + (len(lines) + 0.5) * _LINE
     axes.text(x, mark_y, mark, size=_TEXT + 2, weight="bold", color=color, va="center")
     generated = _wrapped(sample.generated, _SIDE - _INDENT, "bold") or ["(nothing)"]
     lines += [_Line(text, color, _INDENT, "bold") for text in generated]
-    if not sample.is_right:
+    if sample.is_right is False:
         lines += [_Line(text, INK, _INDENT) for text in _wrapped(f"truth: {sample.truth}", _SIDE - _INDENT)]
     for index, line in enumerate(lines):
         position = (x + line.indent, y + (index + 0.5) * _LINE)

@@ -11,6 +11,7 @@ from matplotlib.path import Path
 
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleLayout
 from mimo_strategy.pictures.canvas import MARGIN, crop, page, text_width
+from mimo_strategy.pictures.lane_colors import between, lane_color, lane_hue
 from mimo_strategy.pictures.layout_text import (
     expert_factors,
     fan,
@@ -19,10 +20,12 @@ from mimo_strategy.pictures.layout_text import (
     primary_factors,
     title,
 )
-from mimo_strategy.pictures.palette import BLUE, FAINT, HUES, INK, MUTED, ORANGE, PALE, Color, tint
+from mimo_strategy.pictures.palette import BLUE, FAINT, INK, MUTED, ORANGE, PALE, Color, tint
 
 _TITLE, _NAME, _TEXT, _CELL, _SMALL = 15, 13, 10, 9, 7
 """Font sizes in points."""
+_MOST_CELLS = 2048
+"""Ranks that are drawn one by one."""
 _LINE = 0.165
 """Height of a line of text in a cell, in inches."""
 _BAR, _BRIDGE, _GAP = 0.22, 0.7, 0.05
@@ -35,8 +38,9 @@ def draw_layout(layout: Layout) -> Figure:
     Every module is a row of cells, one for each rank of the world; a pale cell is a rank that the module does
     not run on. The coloured part of a cell says where the rank is in the primary factorization, the grey part
     where it is in the expert factorization. Between an encoder and the language model, lines lead from every
-    encoder lane to the language lanes that it feeds. A large world wraps, and above 64 ranks a cell keeps
-    only the number of its rank and the colours.
+    encoder lane to the language lanes that it feeds. A large world wraps: bars above all then show which ranks each
+    module has. Above 64 ranks a cell keeps only the number of its rank and the colours, and rows without a module are
+    left out. Above 2,048 ranks there are only the bars.
     """
     language = layout.modules[LANGUAGE]
     encoders = [module for name, module in layout.modules.items() if name != LANGUAGE]
@@ -47,6 +51,14 @@ def draw_layout(layout: Layout) -> Figure:
     figure, axes = page(max(grid.left + grid.width, *map(_heading_right, modules), 7.0) + MARGIN)
     axes.text(MARGIN, MARGIN, title(layout), size=_TITLE, weight="bold", color=INK, va="top")
     y = MARGIN + 0.45
+    if grid.rows > 1:
+        y = _draw_overview(axes, grid, modules, y) + 0.2
+    if layout.world_size > _MOST_CELLS:
+        for module in modules:
+            _draw_heading(axes, module, y + 0.24)
+            y += 0.3
+        crop(axes, y + MARGIN)
+        return figure
     for encoder in encoders:
         y = _draw_module(axes, grid, encoder, finest, y)
         y = _draw_bridge(axes, grid, encoder, language, finest, y + 0.06) + 0.15
@@ -101,6 +113,12 @@ class _Grid:
         row, column = divmod(rank, self.columns)
         return row, self.left + column * self.cell_width
 
+    def rows_of(self, module: ModuleLayout) -> range:
+        """The rows to draw: where not every rank is told of, those that the module runs on."""
+        if self.detailed:
+            return range(self.rows)
+        return range(module.ranks[0] // self.columns, module.ranks[-1] // self.columns + 1)
+
     def lane_span(self, module: ModuleLayout, lane: int, stage: int) -> tuple[float, float]:
         """Left edge and width of a lane: above its ranks, or spread over the whole width once ranks wrap."""
         if self.world_size > self.columns:
@@ -118,22 +136,10 @@ def _heading_right(module: ModuleLayout) -> float:
     return _heading_left(module) + text_width(heading(module), _TEXT)
 
 
-def _hue(module: ModuleLayout, lane: int, finest: int) -> str:
-    """Hue of a lane: that of the first of the finest lanes which hold the same samples, while hues last."""
-    stride = finest // module.dp
-    # a stride of all hues would give every lane the same one
-    return HUES[lane * (stride if stride % len(HUES) else 1) % len(HUES)]
-
-
-def _between(low: float, high: float, index: int, count: int) -> float:
-    return low + (high - low) * index / max(count - 1, 1)
-
-
 def _draw_module(axes: Axes, grid: _Grid, module: ModuleLayout, finest: int, y: float) -> float:
     """Draw the heading and the cells of a module from ``y`` down; returns where they end."""
-    baseline, top = y + 0.24, y + 0.36
-    axes.text(MARGIN, baseline, module.name, size=_NAME, weight="bold", color=INK)
-    axes.text(_heading_left(module), baseline, heading(module), size=_TEXT, color=MUTED)
+    top = y + 0.36
+    _draw_heading(axes, module, y + 0.24)
     primary, experts = primary_factors(module), expert_factors(module)
     if grid.detailed:
         primary_height = 0.34 + _LINE * len(primary)
@@ -144,15 +150,16 @@ def _draw_module(axes: Axes, grid: _Grid, module: ModuleLayout, finest: int, y: 
     else:
         primary_height, expert_height = 0.22, 0.09 if experts else 0.0
     height = primary_height + expert_height
-    for rank in range(grid.world_size):
+    rows = grid.rows_of(module)
+    for rank in range(rows[0] * grid.columns, min((rows[-1] + 1) * grid.columns, grid.world_size)):
         row, x = grid.cell(rank)
-        cell_y = top + row * (height + _GAP)
+        cell_y = top + (row - rows[0]) * (height + _GAP)
         if rank not in module.ranks:
             _draw_box(axes, grid, x, cell_y, height, tint(FAINT, 0.35))
             _draw_rank(axes, grid, x, cell_y, rank, PALE)
             continue
         at = module.coordinates(rank)
-        cell = _draw_box(axes, grid, x, cell_y, primary_height, _lane_color(module, at, finest))
+        cell = _draw_box(axes, grid, x, cell_y, primary_height, lane_color(module, at, finest))
         cell.set_gid(f"{module.name} rank {rank}")
         _draw_rank(axes, grid, x, cell_y, rank, INK)
         if experts:
@@ -160,7 +167,36 @@ def _draw_module(axes: Axes, grid: _Grid, module: ModuleLayout, finest: int, y: 
         if grid.detailed:
             for names, names_y in ((primary, cell_y + 0.29), (experts, cell_y + primary_height + 0.05)):
                 _draw_coordinates(axes, grid, x, names_y, {name: at[name] for name in names})
-    return top + grid.rows * (height + _GAP) - _GAP
+    if module.pp > 1 and not grid.detailed:
+        for stage in range(module.pp):
+            row, _ = grid.cell(module.rank_offset + stage * module.num_ranks // module.pp)
+            _draw_label(axes, grid, f"pp {stage}", top + (row - rows[0]) * (height + _GAP) + height / 2)
+    return top + len(rows) * (height + _GAP) - _GAP
+
+
+def _draw_heading(axes: Axes, module: ModuleLayout, baseline: float) -> None:
+    axes.text(MARGIN, baseline, module.name, size=_NAME, weight="bold", color=INK)
+    axes.text(_heading_left(module), baseline, heading(module), size=_TEXT, color=MUTED)
+
+
+def _draw_overview(axes: Axes, grid: _Grid, modules: list[ModuleLayout], y: float) -> float:
+    """Draw the ranks of every module and stage as a bar along all ranks; returns where the bars end."""
+    for module in modules:
+        _draw_label(axes, grid, module.name, y + _BAR / 2, "bold")
+        axes.add_artist(Rectangle((grid.left, y), grid.width, _BAR, color=tint(FAINT, 0.35), linewidth=0))
+        stage_ranks = module.num_ranks // module.pp
+        width = grid.width * stage_ranks / grid.world_size
+        for stage in range(module.pp):
+            first = module.rank_offset + stage * stage_ranks
+            x = grid.left + grid.width * first / grid.world_size
+            color = tint(BLUE if module.name == LANGUAGE else ORANGE, between(0.7, 0.35, stage, module.pp))
+            axes.add_artist(Rectangle((x + 0.01, y), width - 0.02, _BAR, color=color, linewidth=0))
+            label = f"ranks {first}-{first + stage_ranks - 1}" + (f", pp {stage}" if module.pp > 1 else "")
+            if text_width(label, _CELL) < width:
+                center = (x + width / 2, y + _BAR / 2)
+                axes.text(*center, label, size=_CELL, color=INK, ha="center", va="center")
+        y += _BAR + _GAP
+    return y
 
 
 def _draw_label(axes: Axes, grid: _Grid, label: str, y: float, weight: str = "normal") -> None:
@@ -203,7 +239,7 @@ def _draw_bridge(
             [start, (start[0], bend), (end[0], bend), end],
             [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4],
         )
-        color = _hue(finer, encoder_lane if finer is encoder else language_lane, finest)
+        color = lane_hue(finer, encoder_lane if finer is encoder else language_lane, finest)
         width, gid = 2 if finer.dp <= 32 else 0.7, f"{encoder.name} {encoder_lane} feeds {language_lane}"
         axes.add_artist(PathPatch(curve, fill=False, edgecolor=color, linewidth=width, gid=gid))
     return bottom + _BAR
@@ -216,21 +252,15 @@ def _draw_lanes(axes: Axes, grid: _Grid, module: ModuleLayout, stage: int, fines
     prefix = next((prefix for prefix in ("lane ", "") if text_width(prefix + longest, _CELL) < room), None)
     for lane, (x, width) in enumerate(spans):
         gap = min(_GAP, width / 5)
-        color, gid = tint(_hue(module, lane, finest), 0.7), f"{module.name} lane {lane}"
+        color, gid = tint(lane_hue(module, lane, finest), 0.7), f"{module.name} lane {lane}"
         axes.add_artist(Rectangle((x + gap / 2, y), width - gap, _BAR, color=color, linewidth=0, gid=gid))
         if prefix is not None:
             center = (x + width / 2, y + _BAR / 2)
             axes.text(*center, f"{prefix}{lane}", size=_CELL, color=INK, ha="center", va="center")
 
 
-def _lane_color(module: ModuleLayout, at: dict[str, int], finest: int) -> Color:
-    shard, shards = at["cp"] * module.tp + at["tp"], module.tp * module.cp
-    strength = 0.4 if shards == 1 else _between(0.28, 0.58, shard, shards)
-    return tint(_hue(module, at["dp"], finest), strength)
-
-
 def _expert_color(module: ModuleLayout, at: dict[str, int]) -> Color:
-    return tint(MUTED, _between(0.14, 0.42, at["ep"] * module.etp + at["etp"], module.ep * module.etp))
+    return tint(MUTED, between(0.14, 0.42, at["ep"] * module.etp + at["etp"], module.ep * module.etp))
 
 
 def _draw_legend(axes: Axes, modules: list[ModuleLayout], y: float) -> float:

@@ -29,7 +29,7 @@ weights and updates, of all tensors: the norm of the difference relative to the 
 weight, and of how far training has moved it. What exceeds the tolerance fails the tests.
 
 "Mixed" data has 0 to 3 images per sample, lanes and microbatches without any image, and others without any token that
-counts. "{pattern}" are the layers of the language model: Mamba-2 (M), attention (*), experts (E) and MLP (-).
+counts. `{pattern}` are the layers of the language model: Mamba-2 (`M`), attention (`*`), experts (`E`), MLP (`-`).
 
 Written by `make proof` on {date}: {machine}; torch {torch}, megatron-core {megatron}, lightning {lightning}.
 

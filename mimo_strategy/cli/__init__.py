@@ -1,0 +1,1 @@
+"""The command line, ``mimo VERB``. Nothing outside imports it."""

@@ -1,0 +1,76 @@
+"""What a run's configuration says of model and layout, for verbs that start no Trainer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jsonargparse import Namespace
+from megatron.core.distributed import DistributedDataParallelConfig
+
+from mimo_strategy.cli.lightning_cli import MimoCLI
+from mimo_strategy.layout import ModuleParallel
+from mimo_strategy.module import MimoModule
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The part of a configuration that decides what runs where.
+
+    Attributes:
+        model: instantiated; nothing of it is built.
+        modules: layout asked for, by module name; ``None`` is the strategy's default.
+        num_microbatches: microbatches per step.
+        ddp: settings of gradient reduction and the distributed optimizer; ``None`` is the strategy's default.
+        batch_size: samples of a step batch, if the data say so.
+        precision: the Trainer's.
+        world_size: devices x nodes, if both are numbers.
+    """
+
+    model: MimoModule
+    modules: Mapping[str, ModuleParallel] | None
+    num_microbatches: int
+    ddp: DistributedDataParallelConfig | None
+    batch_size: int | None
+    precision: str
+    world_size: int | None
+
+
+def read_run(arguments: list[str]) -> RunConfig:
+    """Read ``--config FILE`` and overrides as ``mimo fit`` takes them.
+
+    The datamodule is instantiated, as the model may take values of it, but asked for no data; the Trainer is not.
+    """
+    reader = _Reader("fit", arguments)
+    trainer, strategy = reader.config["fit"]["trainer"], reader.config["fit"]["trainer"]["strategy"]
+    settings = {} if isinstance(strategy, str) else strategy["init_args"]
+    modules, ddp = settings.get("modules"), settings.get("ddp")
+    return RunConfig(
+        model=reader.model,
+        modules=modules and {name: ModuleParallel(**vars(parallel)) for name, parallel in modules.items()},
+        num_microbatches=settings.get("num_microbatches", 1),
+        ddp=ddp and DistributedDataParallelConfig(**vars(ddp)),
+        batch_size=getattr(reader.datamodule, "batch_size", None),
+        precision=str(trainer["precision"] or "32-true"),
+        world_size=_world_size(trainer["devices"], trainer["num_nodes"]),
+    )
+
+
+def _world_size(devices: list[int] | str | int, num_nodes: int) -> int | None:
+    if isinstance(devices, list):
+        return len(devices) * num_nodes
+    return int(devices) * num_nodes if str(devices).isdecimal() else None
+
+
+class _Reader(MimoCLI):
+    """Instantiates model and data, and runs nothing."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        config = self.config["fit"]
+        needed = Namespace({key: config[key] for key in ("model", "data")})
+        instantiated = self.parser.instantiate_classes(Namespace(subcommand="fit", fit=needed))["fit"]
+        self.model, self.datamodule = instantiated["model"], instantiated["data"]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass

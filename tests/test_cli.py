@@ -1,0 +1,358 @@
+"""``mimo``: configurations, overrides, what is told of wrong ones, and runs from a shell."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_data import TenDigits
+from matplotlib.image import imread
+from safetensors import safe_open
+
+from datamodules import DigitsDataModule, MockImageDataModule
+from mimo_strategy import Layout, ModuleParallel
+from mimo_strategy.callbacks.captions import written_positions
+from mimo_strategy.cli.main import VERBS, main
+from mimo_strategy.cli.run_config import read_run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples/configs"
+DIGITS = str(CONFIGS / "cpu-digits.yaml")
+NAMES = [
+    *["cpu-digits", "cpu-digits-colocated", "cpu-mock", "cpu-mock-colocated"],
+    *["gpu-1", "gpu-2", "gpu-4", "gpu-8", "two-nodes", "reference"],
+]
+
+
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch):
+    """Lightning's command line takes its arguments from the process."""
+    monkeypatch.setattr(sys, "argv", ["mimo"])
+
+
+def mimo(*arguments, folder):
+    """Run ``mimo`` as a process in ``folder``; its ranks are processes too."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mimo_strategy", *arguments],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_no_configuration_is_left_out():
+    assert sorted(NAMES) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configuration_is_whole(name):
+    path = CONFIGS / f"{name}.yaml"
+    run = read_run(["--config", str(path)])
+    layout = Layout.resolve(run.model.module_sizes(), run.world_size, run.modules)
+    layout.check_batch(run.batch_size, run.num_microbatches)
+    assert f"mimo fit --config examples/configs/{name}.yaml" in path.read_text()
+    assert run.precision == ("32-true" if name.startswith("cpu") else "bf16-mixed")
+
+
+def test_the_reference_has_its_sizes():
+    run = read_run(["--config", str(CONFIGS / "reference.yaml")])
+    radio, language = run.model.encoder.config, run.model.language.config
+    assert (radio.tokens_per_image, radio.num_layers, radio.hidden_size) == (2048, 32, 1280)
+    assert (language.layers, language.hidden_size, language.num_experts) == ("MEMEM*EMEMEM*EMEMEM*", 2688, 32)
+    assert (language.vocab_size, language.max_sequence_length, run.batch_size) == (131_072, 4096, 8)
+
+
+def test_overrides_reach_what_they_name():
+    run = read_run(
+        [
+            *["--config", DIGITS, "--trainer.strategy.modules.language.tp=1", "--data.batch_size=8"],
+            *["--trainer.strategy.modules.language.dp=2", "--trainer.strategy.num_microbatches=4"],
+            *["--model.optimizer.lr=0.5", "--model.language.dropout=0.25", "--trainer.num_nodes=2"],
+            *["--model.sampling.top_p=0.9", "--trainer.precision=bf16-true"],
+        ]
+    )
+    assert run.modules == {"images": ModuleParallel(dp=2), "language": ModuleParallel(dp=2, ep=2, rank_offset=2)}
+    assert (run.num_microbatches, run.batch_size, run.world_size, run.precision) == (4, 8, 8, "bf16-true")
+    assert (run.model.optimizer_config.lr, run.model.language.config.dropout) == (0.5, 0.25)
+    assert run.model.sampling.top_p == 0.9
+
+
+@pytest.mark.parametrize("file", ["mimo_hetero", {"class_path": "mimo_strategy.MimoHeteroStrategy"}, None])
+def test_the_strategy_is_named_in_any_way(file, tmp_path):
+    config = yaml.safe_load(Path(DIGITS).read_text())
+    config["trainer"]["strategy"] = file
+    if file is None:
+        del config["trainer"]["strategy"]
+    config["model"] = str(CONFIGS / config["model"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert read_run(["--config", str(path)]).modules is None
+    overridden = read_run(["--config", str(path), "--trainer.strategy.num_microbatches=2"])
+    assert overridden.num_microbatches == 2
+
+
+def test_the_strategy_is_named_on_the_command_line():
+    overrides = ["--trainer.strategy", "mimo_hetero", "--trainer.strategy.num_microbatches=8"]
+    assert read_run(["--config", DIGITS, *overrides]).num_microbatches == 8
+
+
+@pytest.mark.parametrize("name", ["cpu-digits", "cpu-mock"])
+def test_the_model_is_told_what_the_data_know(name):
+    model = read_run(["--config", str(CONFIGS / f"{name}.yaml")]).model
+    known = {
+        "cpu-digits": lambda: DigitsDataModule(batch_size=8),
+        "cpu-mock": lambda: MockImageDataModule(
+            image_size=16, tokens_per_image=4, seq_length=32, vocab_size=64, image_token_id=2, batch_size=8
+        ),
+    }
+    data = known[name]()
+    assert model.language.config.vocab_size == data.vocab_size
+    assert model.special_token_ids == {"images": data.image_token_id}
+    assert model.end_token_id == data.end_token_id
+
+
+SAYS_ITSELF = ["--model.image_token_id=5", "--model.end_token_id=6", "--model.language.vocab_size=64"]
+
+
+def print_config(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *arguments, "--print_config"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["--data=cli_data.SilentData", *SAYS_ITSELF]], ids=["told-by-data", "told-by-user"]
+)
+def test_printed_configuration_is_the_same_again(overrides, tmp_path, capsys):
+    printed = print_config(capsys, "--config", DIGITS, *overrides)
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed)
+    assert print_config(capsys, "--config", str(path)) == printed
+    first, second = read_run(["--config", DIGITS, *overrides]), read_run(["--config", str(path)])
+    assert first.modules == second.modules
+    assert first.model.encoder.config == second.model.encoder.config
+    assert first.model.language.config == second.model.language.config
+    assert first.model.special_token_ids == second.model.special_token_ids == {"images": 5 if overrides else 2}
+
+
+def nested(path, value):
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+WRONG_FILES = {
+    "trianer.devices": (2, "no option 'trianer.devices'", "did you mean 'trainer.devices'?"),
+    "trainer.max_step": (3, "no option 'trainer.max_step'", "did you mean 'trainer.max_steps'?"),
+    "trainer.max_steps": ("many", "trainer.max_steps: expected int, got many"),
+    "trainer.precision": ("bf17", "trainer.precision: expected", "'bf16-mixed'", "got bf17"),
+    "trainer.strategy": ("mimo_heter", "no strategy 'mimo_heter'", "did you mean 'mimo_hetero'?"),
+    "trainer.strategy.init_args.num_microbatch": (2, "trainer.strategy: no", "did you mean 'num_microbatches'?"),
+    "trainer.strategy.init_args.modules.language.ttp": (2, "no option 'ttp'", "did you mean 'tp'?"),
+    "trainer.strategy.init_args.modules.language.tp": ("two", "trainer.strategy.modules.tp: expected int, got two"),
+    "trainer.strategy.init_args.modules.langage": ({"tp": 2}, "unknown: ['langage']", "A layout that fits"),
+    "trainer.callbacks": (["LearningRateMonitr"], "did you mean 'LearningRateMonitor'?"),
+    "model": ("NemotronVML", "no class 'NemotronVML'; did you mean 'NemotronVLM'?"),
+    "data": ("DigitDataModule", "no class 'DigitDataModule'; did you mean 'DigitsDataModule'?"),
+    "data.init_args.batch_sise": (8, "data: no option 'batch_sise'; did you mean 'batch_size'?"),
+    "data.init_args.batch_size": (7, "the step batch of 7 samples", "valid: 4 or 8"),
+    "data.init_args.tokens_per_image": (9, "seq_length >= "),
+    "trainer.accumulate_grad_batches": (2, "accumulate_grad_batches is 2", "num_microbatches"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG_FILES)
+def test_a_wrong_configuration_is_told_in_few_lines(key, tmp_path, capsys):
+    value, *told = WRONG_FILES[key]
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(nested(key, value)))
+    assert main(["fit", "--config", DIGITS, "--config", str(path)]) == 2
+    check_told(capsys, told)
+
+
+def check_told(capsys, told):
+    captured = capsys.readouterr()
+    assert all(part in captured.err for part in told), captured.err
+    message = captured.err[captured.err.index("mimo fit: ") :]
+    assert len(message.splitlines()) <= 3 and "Traceback" not in message
+
+
+WRONG_ARGUMENTS = {
+    "--trainer.max_step=3": ["no option 'trainer.max_step'; did you mean 'trainer.max_steps'?"],
+    "--tariner.max_steps=3": ["did you mean 'trainer.max_steps'?"],
+    "--model.radio.image_hight=3": ["model.radio: no option 'image_hight'; did you mean 'image_height'?"],
+    "--model.radio.image_height=33": ["image_height 33 is no multiple", "valid: 32 or 40"],
+    "--model.optimizer.lrr=1": ["did you mean 'lr'?"],
+    "--model.sampling.top_p=2": ["top_p must be above 0 and at most 1"],
+    "--trainer.strategy.modules.language.tp=3": ["tp 3", "A layout that fits 4 rank(s)"],
+    "--trainer.strategy.modules.language.tp=x": ["expected int, got x"],
+    "--config=nowhere.yaml": ["nowhere.yaml"],
+    "--ckpt_path=nowhere.ckpt": ["ckpt_path: there is no nowhere.ckpt"],
+}
+
+
+@pytest.mark.parametrize("argument", WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_told_in_few_lines(argument, capsys):
+    assert main(["fit", "--config", DIGITS, argument]) == 2
+    check_told(capsys, WRONG_ARGUMENTS[argument])
+
+
+def test_a_wrong_verb_names_the_closest(capsys):
+    assert main(["preddict"]) == 2
+    assert "no verb 'preddict'; did you mean 'predict'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [None, "fit", "validate", "test", "predict"])
+def test_help_fits_a_screen(verb, capsys):
+    assert main([verb, "--help"] if verb else ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    if verb is None:
+        assert all(any(line.split()[:1] == [name] for line in lines) for name in VERBS)
+
+
+ANSWERS_WITHOUT_TORCH = """
+import sys
+from mimo_strategy.cli.main import main
+assert main(["--help"]) == main(["fit", "--help"]) == 0
+assert "torch" not in sys.modules and "lightning" not in sys.modules
+from lightning.pytorch.strategies import StrategyRegistry
+assert "mimo_hetero" in StrategyRegistry and "megatron.core" not in sys.modules
+assert type(StrategyRegistry.get("mimo_hetero")).__name__ == "MimoHeteroStrategy"
+"""
+
+
+def test_help_comes_without_torch_and_the_name_with_lightning():
+    run = [sys.executable, "-W", "ignore", "-c", ANSWERS_WITHOUT_TORCH]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+
+
+COMPLETED = {
+    "mimo f": ["fit"],
+    "mimo fit --trainer.max_s": ["--trainer.max_steps"],
+    "mimo fit --model ": ["MambaMoE", "NemotronVLM"],
+    "mimo fit --model.radio.image_h": ["--model.radio.image_height"],
+    "mimo predict --trainer.strategy.modules.language.rank": ["--trainer.strategy.modules.language.rank_offset"],
+    "mimo fit --trainer.strategy.on_save_failure ": ["raise", "warn"],
+}
+
+
+def test_a_shell_completes_verbs_options_and_classes(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    for line, completed in COMPLETED.items():
+        words = line.split(" ")
+        ask = f"""source ./script; COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}
+        _shtab_mimo mimo "${{@: -1}}" "${{@: -2:1}}"; echo "${{COMPREPLY[*]}}" """
+        result = subprocess.run(["bash", "-c", ask, "bash", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert result.stdout.split() == completed, line
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("images", "language"),
+    [
+        (ModuleParallel(dp=4), ModuleParallel(tp=2, dp=2)),
+        (ModuleParallel(tp=2, dp=2), ModuleParallel(dp=4)),
+        (ModuleParallel(dp=2), ModuleParallel(tp=2, dp=1, rank_offset=2)),
+        (ModuleParallel(dp=1, tp=2), ModuleParallel(dp=2, rank_offset=2)),
+    ],
+    ids=str,
+)
+def test_every_sample_is_written_by_one_rank(images, language, num_microbatches):
+    sizes = read_run(["--config", DIGITS]).model.module_sizes()
+    layout = Layout.resolve(sizes, 4, {"images": images, "language": language})
+    written = [written_positions(layout, rank, num_microbatches, 16) for rank in range(4)]
+    assert sorted(position for positions in written for position in positions) == list(range(16))
+
+
+def test_a_run_is_trained_written_and_exported(tmp_path, capsys):
+    two_ranks = ["--trainer.devices=2", "--trainer.strategy.modules.images.dp=1", "--data.batch_size=6"]
+    language = ["tp=1", "ep=1", "rank_offset=1"]
+    mimo(
+        *["fit", "--config", DIGITS, *two_ranks, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false"],
+        *[f"--trainer.strategy.modules.language.{factor}" for factor in language],
+        folder=tmp_path,
+    )
+    run = tmp_path / "runs/cpu-digits/version_0"
+    checkpoint = run / "checkpoints/last.ckpt"
+    assert checkpoint.is_dir()
+    steps = (run / "metrics.csv").read_text().splitlines()
+    assert len(steps) >= 3
+
+    # the last step batch is not full
+    mimo(
+        *["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)],
+        *["--data=cli_data.TenDigits", "--trainer.enable_progress_bar=false"],
+        folder=tmp_path,
+    )
+    written = run.with_name("version_1") / "predictions"
+    records = [json.loads(line) for line in (written / "predictions.jsonl").read_text().splitlines()]
+    data = TenDigits(6)
+    assert [record["sample_id"] for record in records] == list(range(10))
+    for record, sample in zip(records, data.predict_dataloader().dataset, strict=True):
+        prompt = sample["input_ids"][: sample["prompt_length"]]
+        assert record["prompt"] == data.vocabulary.decode(prompt[prompt != data.image_token_id].tolist())
+        assert record["truth"] == data.vocabulary.decode(sample["labels"][sample["loss_mask"] > 0].tolist())
+        (file,) = record["images"]
+        image = torch.from_numpy(imread(written / file)[..., :3]).permute(2, 0, 1)
+        torch.testing.assert_close(image, (sample["images"][0] + 1) / 2, atol=1 / 255, rtol=0)
+    assert (written / "captions.png").stat().st_size > 0
+    assert (run / "metrics.csv").read_text().splitlines() == steps
+
+    file, imported = tmp_path / "weights.safetensors", tmp_path / "imported.ckpt"
+    assert main(["export", str(checkpoint), str(file)]) == 0
+    assert main(["import", str(file), str(imported)]) == 0
+    assert imported.is_dir()
+    with safe_open(file, "pt") as weights:
+        assert any(name.startswith("language_model.") for name in weights.keys())  # noqa: SIM118
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "none.ckpt"), str(file)]) == 2
+    assert "mimo export: there is no" in capsys.readouterr().err
+
+
+def commands_of_the_page():
+    page = (ROOT / "docs/command-line.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("mimo ")]
+
+
+def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch):
+    commands = commands_of_the_page()
+    assert len(commands) > 8
+    monkeypatch.chdir(ROOT)
+    for verb, *arguments in commands:
+        assert verb in {*VERBS, "--help"}
+        if verb == "fit":
+            read_run([argument for argument in arguments if argument != "--print_config"])
+
+
+def test_the_configuration_of_the_documentation_is_one(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "config.yaml").write_text(shown)
+    shutil.copytree(CONFIGS / "model", tmp_path / "model")
+    run, digits = (read_run(["--config", str(path)]) for path in (tmp_path / "config.yaml", DIGITS))
+    assert (run.modules, run.num_microbatches) == (digits.modules, digits.num_microbatches)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cpu")])
+def test_configuration_trains(name, tmp_path):
+    path = str(CONFIGS / f"{name}.yaml")
+    mimo("fit", "--config", path, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", folder=tmp_path)
+    assert (tmp_path / f"runs/{name}/version_0/checkpoints/last.ckpt").is_dir()
