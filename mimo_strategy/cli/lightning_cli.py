@@ -86,8 +86,7 @@ class MimoCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=MimoArgumentParser,
-            trainer_defaults={"strategy": _STRATEGY}
-            | ({"callbacks": [CaptionWriter()]} if verb == "predict" else {}),
+            trainer_defaults={"strategy": _STRATEGY} | ({"callbacks": [CaptionWriter()]} if verb == "predict" else {}),
             save_config_callback=SaveConfigCallback if verb == "fit" else None,
             save_config_kwargs={"overwrite": True},
         )
