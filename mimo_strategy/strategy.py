@@ -28,7 +28,7 @@ from mimo_strategy.callbacks.summary import show_all_modules
 from mimo_strategy.checkpoint.directory import newest_whole, remove
 from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
-from mimo_strategy.checks import check_arguments, check_data, check_module, check_trainer
+from mimo_strategy.checks import check_arguments, check_data, check_encoder_batching, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
@@ -58,6 +58,9 @@ class MimoHeteroStrategy(ParallelStrategy):
             the number of experts that fits.
         num_microbatches: microbatches per step.
         ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module.
+        encoder_batching: microbatches that encoders which share the ranks of the language model take at once in
+            training: fewer and larger kernels, and gradients are returned once. Their activations are kept for as
+            many microbatches. It divides ``num_microbatches``; 1 is one by one.
         timeout: for collectives; a rank that waits longer raises.
         watchdog: after this time without progress, print which step, collective and ranks the run waits for;
             ``None`` never does.
@@ -76,15 +79,17 @@ class MimoHeteroStrategy(ParallelStrategy):
         modules: Mapping[str, ModuleParallel] | None = None,
         num_microbatches: int = 1,
         ddp: DistributedDataParallelConfig | None = None,
+        encoder_batching: int = 1,
         timeout: timedelta = DEFAULT_TIMEOUT,
         watchdog: timedelta | None = None,
         async_save: bool = False,
         on_save_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        check_arguments(modules, num_microbatches, ddp, timeout, watchdog, on_save_failure)
+        check_arguments(modules, num_microbatches, encoder_batching, ddp, timeout, watchdog, on_save_failure)
         self._modules = modules
         self._num_microbatches = num_microbatches
+        self._encoder_batching = encoder_batching
         self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
         self._timeout = timeout
         self._patience = watchdog
@@ -143,6 +148,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         check_trainer(trainer)
         check_module(model)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
+        check_encoder_batching(self.layout, self._encoder_batching)
         check_data(self.layout, self._num_microbatches, *data)
 
     @override
@@ -192,6 +198,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         if runtime is not None:
             self.topology = runtime.topology
             runtime.num_microbatches = self._num_microbatches
+            runtime.encoder_batching = self._encoder_batching
 
     # ---- model and optimizer
 
@@ -219,6 +226,7 @@ class MimoHeteroStrategy(ParallelStrategy):
                 num_microbatches=self._num_microbatches,
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,
+                encoder_batching=self._encoder_batching,
             )
             module.runtime = self.runtime
         if trainer.state.fn == TrainerFn.FITTING:

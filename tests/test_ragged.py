@@ -94,21 +94,37 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_microbatches", "ddp"),
+    ("layout", "num_microbatches", "ddp", "encoder_batching"),
     [
-        ("equal", 1, OVERLAPPED),
-        ("fan-in", 2, OVERLAPPED),
-        ("fan-out", 2, None),
-        ("dp2+dp1", 1, PLAIN),
-        ("dp4+dp2", 2, OVERLAPPED),
-        ("dp2+pp2", 4, None),
+        ("equal", 1, OVERLAPPED, 1),
+        ("equal", 4, OVERLAPPED, 2),
+        ("fan-in", 2, OVERLAPPED, 1),
+        ("fan-in", 4, PLAIN, 4),
+        ("fan-out", 2, None, 2),
+        ("dp2+dp1", 1, PLAIN, 1),
+        ("dp4+dp2", 2, OVERLAPPED, 1),
+        ("dp2+pp2", 4, None, 1),
     ],
     ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
 )
-def test_training_is_that_of_one_process(require_ranks, reference, layout, num_microbatches, ddp):
+def test_training_is_that_of_one_process(require_ranks, reference, layout, num_microbatches, ddp, encoder_batching):
     modules, world_size = LAYOUTS[layout]
     require_ranks(world_size)
-    reference.assert_alike(MimoHeteroStrategy(modules, num_microbatches, ddp=ddp), world_size, tolerances=TOLERANCES)
+    strategy = MimoHeteroStrategy(modules, num_microbatches, ddp=ddp, encoder_batching=encoder_batching)
+    reference.assert_alike(strategy, world_size, tolerances=TOLERANCES)
+
+
+def test_an_encoder_runs_once_for_the_microbatches_that_it_takes_at_once():
+    def count():
+        module, runs = make_module(), []
+        module.encoder_inputs = lambda name, items: (
+            runs.append(len(items)) or NemotronVLM.encoder_inputs(module, name, items)
+        )
+        fit(module, MimoHeteroStrategy(num_microbatches=4, encoder_batching=2), make_data(), max_steps=1)
+        return runs
+
+    halves = [sum(NUM_IMAGES[0][:8]), sum(NUM_IMAGES[0][8:])]
+    assert run_on_ranks(count, 1) == [halves]
 
 
 class TwoEncoders(NemotronVLM):
