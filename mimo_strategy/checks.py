@@ -161,8 +161,7 @@ def check_encoder_batching(layout: Layout, encoder_batching: int) -> None:
     """
     if encoder_batching > 1 and (layout.placement is not Placement.COLOCATED or len(layout.modules) == 1):
         raise LayoutError(
-            f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}; those of a pipeline "
-            "run ahead of it by themselves: leave it 1"
+            f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
         )
 
 

@@ -2,10 +2,12 @@
 
 A step batch is a dict. A tensor (or sequence) under the name of an encoder module, say ``images``, holds that
 module's items of all samples one after another, and ``num_images`` how many each sample has; everything else has
-one entry per sample. :func:`count_items` adds ``images_counts``, which stays in host memory when the rest is moved to
-a GPU: cutting a batch then waits for no device. Microbatch ``m`` of ``M`` is the ``m``-th contiguous part of the step batch, and lane ``l`` of
-a module with data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a microbatch. Bridges
-between modules concatenate and split lanes in that order.
+one entry per sample. :func:`count_items` adds ``images_counts``, which stays in host memory when the rest is moved:
+cutting a batch then waits for no device.
+
+Microbatch ``m`` of ``M`` is the ``m``-th contiguous part of the step batch, and lane ``l`` of a module with
+data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a microbatch. Bridges between modules
+concatenate and split lanes in that order.
 """
 
 from collections.abc import Mapping

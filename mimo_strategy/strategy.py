@@ -261,6 +261,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
             check=partial(self.layout.check_batch, num_microbatches=self._num_microbatches),
             agree=agreement.on_next_batch,
+            pin_memory=self.root_device.type == "cuda",
             predicts=(self.global_rank, self.world_size) if stage is RunningStage.PREDICTING else None,
         )
         agreement.on_equal(f"number of step batches of the {stage.value} loader", sized_len(shared))

@@ -11,6 +11,7 @@ from megatron.core.models.mimo.config.role import RankRole
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.utils import unwrap_model
 
 from mimo_strategy.layout import LANGUAGE, ModuleLayout
 from mimo_strategy.runtime.colocated_bridge import ColocatedBridge
@@ -100,7 +101,7 @@ class HeteroMimoModel(MimoModel):
             input_ids: ``[samples, sequence]``.
             position_ids: ``[samples, sequence]``.
             labels: ``[samples, sequence]``; without them the last stage returns logits.
-            modality_inputs: keyword arguments by encoder of this rank and by its parts; unused where ``encoded`` is set.
+            modality_inputs: keyword arguments by encoder of this rank and by its parts, unless ``encoded`` is set.
             blank: the encoders whose inputs are blank; what they become is dropped.
 
         Returns:
@@ -156,6 +157,34 @@ class HeteroMimoModel(MimoModel):
         # megatron-core's bridge looks for it where it sends to several lanes
         tokens._mimo_bridge_split_sizes = parts
         return tokens
+
+    def get_text_embeddings(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, special_token_ids: Mapping[str, int]
+    ) -> torch.Tensor:
+        """Embeddings of text tokens; where counts are known, of all positions, so that none must be searched for."""
+        if self.bridge_parts is None:
+            return super().get_text_embeddings(input_ids, position_ids, special_token_ids)
+        embedding = unwrap_model(self.language_model).embedding
+        return embedding(input_ids=input_ids.reshape(1, -1), position_ids=position_ids.reshape(1, -1)).squeeze(1)
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Put the encoders' tokens in their places among the text; where counts are known, without reading values.
+
+        megatron-core waits for the device twice for each encoder and once for the text: the device then runs dry.
+        """
+        if self.bridge_parts is None:
+            return super().align_embeddings_by_token_positions(modality_embeddings, input_ids, special_token_ids)
+        combined = modality_embeddings["text"]
+        for name, special_token_id in special_token_ids.items():
+            tokens = modality_embeddings[name]
+            places = torch.nonzero_static(input_ids.flatten() == special_token_id, size=len(tokens)).squeeze(1)
+            combined = combined.index_copy(0, places, tokens)
+        return combined.unflatten(0, input_ids.shape).transpose(0, 1).contiguous()
 
     def own_modules(self) -> dict[str, torch.nn.Module]:
         """The modules that run on this rank, by name, wrapped if they are."""

@@ -67,10 +67,10 @@ def build_optimizer(
 class HeteroOptimizer(MimoOptimizer):
     """``MimoOptimizer`` that keeps the norm of each module's gradients, and one loss scale for all modules.
 
-    Its step waits for a GPU only under a loss scale. megatron-core 0.19.2 waits three times: for what no gradient but
-    a scaled one is looked through for, for the norm, which Transformer Engine can clip by where it is, and for a
-    success that is certain. It also updates every module's loss scale by that module's own overflows, before modules tell each
-    other of them: their scales drift apart, while one loss is scaled for all of them.
+    megatron-core 0.19.2 updates every module's loss scale by that module's own overflows, before modules tell each
+    other of them: their scales drift apart, while one loss is scaled for all of them. It also waits for a GPU three
+    times: for overflows, which only a loss scale looks for, for the norm, by which Transformer Engine can clip where
+    it is, and for a success that is certain. Here it does so only under a loss scale.
 
     Args:
         module_infos: optimizers by module.
