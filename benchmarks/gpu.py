@@ -32,6 +32,7 @@ from datamodules import collate
 from mimo_strategy import DistributedDataParallelConfig, Layout, MimoHeteroStrategy, ModuleParallel, OptimizerConfig
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.runtime import data_parallel
+from mimo_strategy.runtime.data_parallel import DistributedDataParallel
 from mimo_strategy.runtime.schedule import release_unused_bridges
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig, transformer
 
@@ -169,6 +170,7 @@ class Bench:
             loop.step()
             stopwatch.step_ended()
         loop.destroy()
+        release(loop.model, loop.optimizer._active_optimizers)
 
     def _strategy(self, case: Case, layout: Layout, stopwatch: Stopwatch) -> None:
         seed_everything(1, verbose=False)
@@ -199,6 +201,7 @@ class Bench:
         data = DataLoader(Samples(model, self.dtype), case.batch_size, collate_fn=collate, num_workers=2)
         trainer.fit(model, data)
         model.runtime.destroy()
+        release(model.model, trainer.optimizers[0].megatron_optimizer._active_optimizers)
 
 
 @contextmanager
@@ -209,6 +212,22 @@ def plain_kernels():
         mock.patch.object(data_parallel, "accumulate_in_kernels", lambda module: None),
     ):
         yield
+
+
+def release(model: torch.nn.Module, optimizers: list[Any]) -> None:
+    """Free the memory of buffers and optimizer states, which hooks in the graph keep alive after the model."""
+    kept = []
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            for buffer in (*module.buffers, *module.expert_parallel_buffers):
+                kept += [buffer.param_data, buffer.grad_data]
+    for part in (part for optimizer in optimizers for part in optimizer.chained_optimizers):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                kept += [parameter, parameter.grad, *part.optimizer.state[parameter].values()]
+    for tensor in kept:
+        if isinstance(tensor, torch.Tensor):
+            tensor.untyped_storage().resize_(0)
 
 
 def forget_everything() -> None:

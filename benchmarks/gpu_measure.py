@@ -31,6 +31,8 @@ class Measured:
         waits: where the host waited for the device in one step, and how often.
         shares: of the time of one step, by what the device did.
         kernels: milliseconds of the longest-running kernels in that step.
+        gaps: its longest times with nothing on the device: milliseconds, since the first kernel and for how long, and
+            the kernels before and after.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -40,6 +42,7 @@ class Measured:
     waits: dict[str, int] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, float] = field(default_factory=dict)
+    gaps: list[tuple[float, float, str, str]] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -125,6 +128,7 @@ class Stopwatch:
             if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
         ]
         self.measured.shares = _shares(events, self._placement)
+        self.measured.gaps = _gaps(events)
         kernels: Counter[str] = Counter()
         for event in events:
             kernels[event.name()[:100]] += event.duration_ns() / 1e6
@@ -156,6 +160,20 @@ def _shares(events: list[Any], placement: Placement) -> dict[str, float]:
         "bridge": (with_all - with_collectives) / whole,
         "idle": 1 - with_all / whole,
     }
+
+
+def _gaps(events: list[Any], number: int = 40) -> list[tuple[float, float, str, str]]:
+    """The longest times between kernels, in order."""
+    ordered = sorted(events, key=lambda event: event.start_ns())
+    gaps, last = [], ordered[0]
+    for event in ordered[1:]:
+        end = last.start_ns() + last.duration_ns()
+        if event.start_ns() > end:
+            since = (end - ordered[0].start_ns()) / 1e6
+            gaps.append((since, (event.start_ns() - end) / 1e6, last.name()[:60], event.name()[:60]))
+        if event.start_ns() + event.duration_ns() > end:
+            last = event
+    return sorted(sorted(gaps, key=lambda gap: -gap[1])[:number])
 
 
 def _length(intervals: list[Interval]) -> int:

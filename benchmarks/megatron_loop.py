@@ -88,29 +88,29 @@ class MegatronLoop:
         self._groups = {
             name: _groups(grid) for name, grid in self._grids.items() if dist.get_rank() in layout.modules[name].ranks
         }
-        self._model = self._build(description)
+        self.model = self._build(description)
         self._wrap()
         self._configure()
-        self._optimizer = get_mimo_optimizer(self._model, config)
+        self.optimizer = get_mimo_optimizer(self.model, config)
         self._run = self._schedule()
 
     def step(self) -> None:
         """Train on one step batch."""
-        self._model.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
         self._run(
             forward_step_func=self._forward,
             data_iterator=(self._microbatch() for _ in range(self._microbatches)),
-            model=self._model,
+            model=self.model,
             num_microbatches=self._microbatches,
             seq_length=self._description.language.config.max_sequence_length,
             micro_batch_size=self._size,
         )
-        self._optimizer.step()
+        self.optimizer.step()
 
     def destroy(self) -> None:
         """Let go of what ``torch.distributed`` keeps for colocated modules; groups of grids go with the world's."""
-        self._model.destroy()
+        self.model.destroy()
 
     def _build(self, description: NemotronVLM) -> MimoModel:
         specs = {
@@ -147,16 +147,16 @@ class MegatronLoop:
             wrapped.broadcast_params()
             return wrapped
 
-        for name, module in self._model.modality_submodules.items():
-            self._model.modality_submodules[name] = wrap(name, module, _HalfPrecisionEncoder)
-        if self._model.language_model is not None:
-            self._model.language_model = wrap(LANGUAGE, self._model.language_model, Float16Module)
+        for name, module in self.model.modality_submodules.items():
+            self.model.modality_submodules[name] = wrap(name, module, _HalfPrecisionEncoder)
+        if self.model.language_model is not None:
+            self.model.language_model = wrap(LANGUAGE, self.model.language_model, Float16Module)
 
     def _configure(self) -> None:
-        config = self._model.config
+        config = self.model.config
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = _unscaled
-        config.no_sync_func = self._model.no_sync
+        config.no_sync_func = self.model.no_sync
 
     def _schedule(self) -> Any:
         if self._layout.placement is Placement.COLOCATED:
@@ -164,7 +164,7 @@ class MegatronLoop:
         communicator = MultiModulePipelineCommunicator(
             self._grids,
             {IMAGES: [LANGUAGE], LANGUAGE: []},
-            self._model.config,
+            self.model.config,
             dim_mapping={"s": 0, "b": 1, "h": 2},
             module_output_ndim={IMAGES: 2},
         )
@@ -208,9 +208,9 @@ class MegatronLoop:
         if language is not None and language.tp.rank() == 0:
             counted += num_tokens
         dist.all_reduce(counted)
-        modules = dict(self._model.modality_submodules.items())
-        if self._model.language_model is not None:
-            modules[LANGUAGE] = self._model.language_model
+        modules = dict(self.model.modality_submodules.items())
+        if self.model.language_model is not None:
+            modules[LANGUAGE] = self.model.language_model
         for name, module in modules.items():
             finalize_model_grads([module], num_tokens=None, pg_collection=self._groups[name])
             module.scale_gradients(counted.clamp_min(1).reciprocal())

@@ -1,5 +1,6 @@
 """``MimoHeteroStrategy``: Lightning's verbs for a model whose modules have layouts of their own."""
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -236,6 +237,9 @@ class MimoHeteroStrategy(ParallelStrategy):
                 trainer.callbacks.append(Preemption())
             # while no rank can have failed yet
             self._checkpoint_writer()
+            # what was built lives as long as the run; to look through it again and again would hold up the device
+            gc.collect()
+            gc.freeze()
         self.setup_precision_plugin()
 
     @override
@@ -424,6 +428,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             self._watchdog.stop()
             self._watchdog = None
         self._close_writer()
+        gc.unfreeze()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
 
