@@ -58,7 +58,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         modules: layout by module name; ``None`` is colocated with tp 1, dp = world and ep the largest divisor of
             the number of experts that fits.
         num_microbatches: microbatches per step.
-        ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module.
+        ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module; ``None``
+            is the distributed optimizer, on GPUs with gradients that are reduced during the backward.
         encoder_batching: microbatches that encoders which share the ranks of the language model take at once in
             training: fewer and larger kernels, and gradients are returned once. Their activations are kept for as
             many microbatches. It divides ``num_microbatches``; 1 is one by one.
@@ -91,7 +92,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         self._modules = modules
         self._num_microbatches = num_microbatches
         self._encoder_batching = encoder_batching
-        self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
+        self._ddp = ddp
         self._timeout = timeout
         self._patience = watchdog
         self._watchdog: Watchdog | None = None
@@ -220,10 +221,13 @@ class MimoHeteroStrategy(ParallelStrategy):
         self.model_to_device()
         module = self.lightning_module
         if self.runtime is None:
+            ddp = self._ddp or DistributedDataParallelConfig(
+                use_distributed_optimizer=True, overlap_grad_reduce=self.root_device.type == "cuda"
+            )
             self.runtime = MimoRuntime(
                 module.model,
                 self.topology,
-                ddp_config=replace(self._ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32),
+                ddp_config=replace(ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32),
                 num_microbatches=self._num_microbatches,
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,
