@@ -29,7 +29,8 @@ class Measured:
         communicators: process groups that this rank belongs to.
         other_memory: bytes that the device holds beside torch's, more than before: communicators and loaded kernels.
         waits: where the host waited for the device in one step, and how often.
-        shares: of the time of one step, by what the device did.
+        profiled: seconds of one step, from its first to its last kernel.
+        shares: of that time, by what the device did.
         kernels: milliseconds of the longest-running kernels in that step.
         gaps: its longest times with nothing on the device: milliseconds, since the first kernel and for how long, and
             the kernels before and after.
@@ -40,6 +41,7 @@ class Measured:
     communicators: int = 0
     other_memory: int = 0
     waits: dict[str, int] = field(default_factory=dict)
+    profiled: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, float] = field(default_factory=dict)
     gaps: list[tuple[float, float, str, str]] = field(default_factory=list)
@@ -127,6 +129,8 @@ class Stopwatch:
             for event in self._profiler.profiler.kineto_results.events()
             if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
         ]
+        start = min(event.start_ns() for event in events)
+        self.measured.profiled = (max(event.start_ns() + event.duration_ns() for event in events) - start) / 1e9
         self.measured.shares = _shares(events, self._placement)
         self.measured.gaps = _gaps(events)
         kernels: Counter[str] = Counter()
@@ -148,8 +152,6 @@ def _shares(events: list[Any], placement: Placement) -> dict[str, float]:
         kind = "compute" if "nccl" not in name else "bridge" if bridge in name else "collectives"
         kinds[kind].append((event.start_ns(), event.start_ns() + event.duration_ns()))
     everything = [interval for intervals in kinds.values() for interval in intervals]
-    if not everything:
-        return {}
     whole = max(end for _, end in everything) - min(start for start, _ in everything)
     compute = _length(kinds["compute"])
     with_collectives = _length(kinds["compute"] + kinds["collectives"])
