@@ -22,7 +22,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
 from mimo_strategy.checkpoint.writer import OnFailure
-from mimo_strategy.layout import Layout, ModuleParallel
+from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleParallel, Placement
 from mimo_strategy.module import MimoModule
 
 _ACCUMULATION = "each batch is a whole optimizer step: use a larger batch_size and num_microbatches"
@@ -48,7 +48,13 @@ _DDP_SETTINGS = {
 
 
 def check_arguments(
-    modules: Any, num_microbatches: Any, ddp: Any, timeout: Any, watchdog: Any, on_save_failure: Any
+    modules: Any,
+    num_microbatches: Any,
+    encoder_batching: Any,
+    ddp: Any,
+    timeout: Any,
+    watchdog: Any,
+    on_save_failure: Any,
 ) -> None:
     """Check the arguments of the strategy.
 
@@ -56,10 +62,13 @@ def check_arguments(
         TypeError: for a value of the wrong type.
         ValueError: for a value out of range.
     """
-    if type(num_microbatches) is not int:
-        raise TypeError(f"num_microbatches must be a whole number, got {num_microbatches!r}")
-    if num_microbatches < 1:
-        raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+    for name, number in (("num_microbatches", num_microbatches), ("encoder_batching", encoder_batching)):
+        if type(number) is not int:
+            raise TypeError(f"{name} must be a whole number, got {number!r}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if num_microbatches % encoder_batching:
+        raise ValueError(f"encoder_batching {encoder_batching} does not divide num_microbatches {num_microbatches}")
     if modules is not None and not isinstance(modules, Mapping):
         raise TypeError(f"modules must map names to ModuleParallel, got {modules!r}")
     for name, parallel in (modules or {}).items():
@@ -141,6 +150,18 @@ def check_module(module: LightningModule) -> None:
         raise ValueError(
             f"{type(module).__name__}.automatic_optimization is False, but a step with all of its backward passes runs "
             "in one schedule: leave it True"
+        )
+
+
+def check_encoder_batching(layout: Layout, encoder_batching: int) -> None:
+    """Check that encoders can take several microbatches at once.
+
+    Raises:
+        LayoutError: if they are not colocated with the language model.
+    """
+    if encoder_batching > 1 and (layout.placement is not Placement.COLOCATED or len(layout.modules) == 1):
+        raise LayoutError(
+            f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
         )
 
 

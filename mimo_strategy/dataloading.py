@@ -266,6 +266,7 @@ def share_dataloader(
     seed_workers: bool,
     check: Callable[[int], None],
     agree: Callable[[bool, int], None],
+    pin_memory: bool = False,
     predicts: tuple[int, int] | None = None,
 ) -> Iterable[Any]:
     """The loader of this rank's share of what ``dataloader`` would yield in one process.
@@ -284,6 +285,7 @@ def share_dataloader(
         seed_workers: seed the workers by lane, so that ranks that load the same samples augment them alike.
         check: raises if a number of samples makes no step batch.
         agree: collective; raises if only some ranks have a further batch.
+        pin_memory: load into pinned memory, from which a GPU copies without the host's waiting.
         predicts: rank and world size, if the loader is for prediction.
 
     Raises:
@@ -301,7 +303,7 @@ def share_dataloader(
     settings = {
         "collate_fn": collate,
         "num_workers": dataloader.num_workers,
-        "pin_memory": dataloader.pin_memory,
+        "pin_memory": dataloader.pin_memory or pin_memory,
         "timeout": dataloader.timeout,
         "generator": dataloader.generator or _generator(share.lane),
     }

@@ -21,11 +21,12 @@ from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
 from mimo_strategy.planning.cost import CostUnknown, ModuleCost, Workload
 from mimo_strategy.prediction import Prediction, find_decoder, predict_own
+from mimo_strategy.runtime.encoder_batching import EncoderInputs
 from mimo_strategy.runtime.gradients import balance_experts, hold_frozen_routers
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel, build_model
 from mimo_strategy.runtime.runtime import MimoRuntime
-from mimo_strategy.step_batch import Batch, check_encoder_items
+from mimo_strategy.step_batch import Batch, count_items, is_counted
 from mimo_strategy.topology import Topology
 
 
@@ -149,6 +150,16 @@ class MimoModule(LightningModule):
         """
         check_form(batch, self.special_token_ids)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch, but leave in host memory how many items its samples have; from pinned memory without waiting.
+
+        Raises:
+            ValueError: if the items do not fit the samples, see :func:`.step_batch.count_items`.
+        """
+        counts = self._counts(batch) if isinstance(batch, Mapping) else {}
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, **counts} if counts else moved
+
     def forward_flops(self, name: str, batch: Batch) -> float:
         """Floating-point operations of a module's forward pass over a batch, on one device; optional.
 
@@ -189,16 +200,20 @@ class MimoModule(LightningModule):
             Per-token losses ``[samples, sequence]`` if ``labels`` are given, otherwise logits; on ranks of other
             stages what the next stage takes.
         """
-        items = {name: batch[name] for name in self.model.modality_submodules}
-        blank = {name: self.blank_items(name, empty) for name, empty in items.items() if len(empty) == 0}
+        inputs = self._inputs_of_encoders(batch) if self.model.encoded is None else EncoderInputs({}, ())
         output, _ = self.model(
             batch["input_ids"],
             position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(batch["input_ids"]),
             labels=labels,
-            modality_inputs={name: self.encoder_inputs(name, inputs) for name, inputs in (items | blank).items()},
-            blank=blank,
+            modality_inputs=inputs.by_name,
+            blank=inputs.blank,
         )
         return output
+
+    def _inputs_of_encoders(self, items: Batch) -> EncoderInputs:
+        own = {name: items[name] for name in self.model.modality_submodules}
+        blank = {name: self.blank_items(name, empty) for name, empty in own.items() if len(empty) == 0}
+        return EncoderInputs({name: self.encoder_inputs(name, part) for name, part in (own | blank).items()}, blank)
 
     def forward_step(self, microbatch: Batch) -> Any:
         """Output of the model for one microbatch in training and validation; per-token losses by default."""
@@ -218,9 +233,11 @@ class MimoModule(LightningModule):
             batch: what the loader yielded on this rank.
             backward: under ``MimoHeteroStrategy``, compute the gradients too. On one device Lightning does.
         """
-        check_encoder_items(batch, self.special_token_ids)
+        batch = {**batch, **self._counts(batch)}
         if self.runtime is not None:
-            loss = self.runtime.run_step(batch, self.forward_step, self.loss_step, backward=backward)
+            loss = self.runtime.run_step(
+                batch, self.forward_step, self.loss_step, backward=backward, encoder_inputs=self._inputs_of_encoders
+            )
             self._log_reported(training=backward)
             return loss
         loss = self.loss_step(self.forward_step(batch), batch)
@@ -229,6 +246,10 @@ class MimoModule(LightningModule):
         if backward:
             balance_experts(self.model, self.build_context.topology, loss.count)
         return loss
+
+    def _counts(self, batch: Batch) -> Batch:
+        """What is not known yet of how many items samples have; checks it."""
+        return {} if is_counted(batch, self.special_token_ids) else count_items(batch, self.special_token_ids)
 
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         """As Lightning's; within :meth:`forward_step` and :meth:`loss_step` the mean over microbatches and lanes.
@@ -270,7 +291,7 @@ class MimoModule(LightningModule):
 
     def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:
         """Continue every sample's prompt; see :func:`.generation.generate` for ``settings``."""
-        check_encoder_items(batch, self.special_token_ids)
+        batch = {**batch, **self._counts(batch)}
         return generate(self, batch, end_token_id=end_token_id, **settings)
 
     def predict(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Prediction:

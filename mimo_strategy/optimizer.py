@@ -23,7 +23,6 @@ class ModuleOptimizer(torch.optim.Optimizer):
 
     Attributes:
         clip_grad: largest norm over all modules' gradients; 0 does not clip.
-        grad_norm: norm over all modules' gradients at the last step; ``None`` if the step was skipped.
         num_updates: steps that were not skipped.
         num_skipped: steps that were skipped, as gradients overflowed.
     """
@@ -47,16 +46,21 @@ class ModuleOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults={"lr": first.lr, "weight_decay": first.weight_decay})
         self.megatron_optimizer = optimizer
         self.clip_grad = 0.0
-        self.grad_norm: float | None = None
+        self._grad_norm: float | torch.Tensor | None = None
         self.num_updates = 0
         self.num_skipped = 0
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm over all modules' gradients at the last step, ``None`` if that was skipped; waits for the device."""
+        return None if self._grad_norm is None else float(self._grad_norm)
 
     def step(self, closure=None):
         """Run ``closure``, which computes the gradients, then let megatron-core update; collective over the world."""
         with torch.enable_grad() if closure else nullcontext():
             loss = closure() if closure else None
         self._push_settings()
-        updated, self.grad_norm, _ = self.megatron_optimizer.step()
+        updated, self._grad_norm, _ = self.megatron_optimizer.step()
         self.num_updates += updated
         self.num_skipped += not updated
         return loss
@@ -90,8 +94,8 @@ class ModuleOptimizer(torch.optim.Optimizer):
         Under float16 also the loss scale and the number of skipped steps so far.
         """
         logged: dict[str, float | torch.Tensor] = {}
-        if self.grad_norm is not None:
-            logged["grad_norm"] = self.grad_norm
+        if self._grad_norm is not None:
+            logged["grad_norm"] = self._grad_norm
             if details:
                 norms = self.megatron_optimizer.module_norms
                 logged.update((f"grad_norm/{name}", norm) for name, norm in norms.items())

@@ -2,9 +2,12 @@
 
 A step batch is a dict. A tensor (or sequence) under the name of an encoder module, say ``images``, holds that
 module's items of all samples one after another, and ``num_images`` how many each sample has; everything else has
-one entry per sample. Microbatch ``m`` of ``M`` is the ``m``-th contiguous part of the step batch, and lane ``l`` of
-a module with data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a microbatch. Bridges
-between modules concatenate and split lanes in that order.
+one entry per sample. :func:`count_items` adds ``images_counts``, which stays in host memory when the rest is moved:
+cutting a batch then waits for no device.
+
+Microbatch ``m`` of ``M`` is the ``m``-th contiguous part of the step batch, and lane ``l`` of a module with
+data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a microbatch. Bridges between modules
+concatenate and split lanes in that order.
 """
 
 from collections.abc import Mapping
@@ -92,7 +95,7 @@ class StepShare:
         A rank that runs the encoder only, and is one of several that feed a lane of the language model, knows its own.
 
         Args:
-            batch: what this rank loaded.
+            batch: what this rank loaded; where it has been counted, the counts are taken.
             special_token_ids: by encoder, the token that holds the place of its tokens.
 
         Returns:
@@ -106,7 +109,8 @@ class StepShare:
             lane, dp = min(sides, key=lambda side: side[1])
             num_parts = max(self._lanes[name][1], self._language_dp) // dp
             lanes_loaded = dp // self.num_lanes
-            places = count_places(batch["input_ids"], special_token_ids[name])
+            counts = batch.get(counts_key(name))
+            places = count_places(batch["input_ids"], special_token_ids[name]) if counts is None else counts[:, 1]
             cut = places.unflatten(0, (self._num_microbatches, lanes_loaded, num_parts, -1))
             for microbatch, parts in zip(microbatches, cut[:, lane % lanes_loaded].sum(-1).tolist(), strict=True):
                 microbatch[name] = parts
@@ -130,7 +134,8 @@ def narrow_samples(batch: Batch, start: int, size: int, encoders: list[str]) -> 
     narrowed = {key: value[start : start + size] for key, value in batch.items() if key not in encoders}
     for name in encoders:
         if name in batch:
-            counts = batch[f"num_{name}"]
+            counted = batch.get(counts_key(name))
+            counts = batch[f"num_{name}"] if counted is None else counted[:, 0]
             first = int(counts[:start].sum())
             narrowed[name] = batch[name][first : first + int(counts[start : start + size].sum())]
     return narrowed
@@ -160,18 +165,29 @@ def count_places(input_ids: torch.Tensor, special_token_id: int) -> torch.Tensor
     return (input_ids == special_token_id).sum(dim=1)
 
 
-def check_encoder_items(batch: Batch, special_token_ids: Mapping[str, int]) -> None:
-    """Check that each encoder's items are as many as its counts say, and that samples with items have places for them.
+def counts_key(encoder: str) -> str:
+    """Where :func:`count_items` puts what it counted for an encoder."""
+    return f"{encoder}_counts"
+
+
+def count_items(batch: Batch, special_token_ids: Mapping[str, int]) -> Batch:
+    """Count each encoder's items and the places for their tokens, and check that they fit.
 
     Whether the places are as many as the items' tokens, only the encoder can tell.
 
     Args:
-        batch: what a rank loaded.
+        batch: what a rank loaded; in host memory this waits for no device.
         special_token_ids: by encoder, the token that holds the place of its tokens.
 
+    Returns:
+        For an encoder ``images``, under ``images_counts``, the items and the places of each sample, ``[samples, 2]``
+        in host memory.
+
     Raises:
-        ValueError: if they are not, or are missing.
+        ValueError: if the items are not as many as counted or are missing, or a sample has items but no places or
+            places but no items.
     """
+    counted = {}
     for name, special_token_id in special_token_ids.items():
         for key in (name, f"num_{name}"):
             if key not in batch:
@@ -179,16 +195,24 @@ def check_encoder_items(batch: Batch, special_token_ids: Mapping[str, int]) -> N
                     f"the batch has no {key}, only {sorted(batch)}; also where no sample has any, {name} must hold 0 "
                     f"items and num_{name} a 0 for each sample"
                 )
-        counts = batch[f"num_{name}"]
+        items = batch[f"num_{name}"]
         places = count_places(batch["input_ids"], special_token_id)
-        if counts.shape != places.shape:
-            raise ValueError(f"num_{name} has shape {list(counts.shape)}, but the batch has {len(places)} samples")
-        counts, places = torch.stack([counts.to(places.device), places]).tolist()
-        if sum(counts) != len(batch[name]):
-            raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {sum(counts)}")
-        for sample, (count, found) in enumerate(zip(counts, places, strict=True)):
+        if items.shape != places.shape:
+            raise ValueError(f"num_{name} has shape {list(items.shape)}, but the batch has {len(places)} samples")
+        counts = torch.stack([items.to(places), places], dim=1).cpu()
+        num_items = int(counts[:, 0].sum())
+        if num_items != len(batch[name]):
+            raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {num_items}")
+        for sample, (count, found) in enumerate(counts.tolist()):
             if bool(count) != bool(found):
                 raise ValueError(
                     f"sample {sample} of this rank's {len(counts)} has {count} {name}, but its input_ids have {found} "
                     f"places for their tokens (token {special_token_id})"
                 )
+        counted[counts_key(name)] = counts
+    return counted
+
+
+def is_counted(batch: Batch, special_token_ids: Mapping[str, int]) -> bool:
+    """Whether a batch holds what :func:`count_items` returns."""
+    return all(counts_key(name) in batch for name in special_token_ids)

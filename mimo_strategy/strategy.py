@@ -1,5 +1,6 @@
 """``MimoHeteroStrategy``: Lightning's verbs for a model whose modules have layouts of their own."""
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from mimo_strategy.callbacks.summary import show_all_modules
 from mimo_strategy.checkpoint.directory import newest_whole, remove
 from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
-from mimo_strategy.checks import check_arguments, check_data, check_module, check_trainer
+from mimo_strategy.checks import check_arguments, check_data, check_encoder_batching, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
@@ -58,7 +59,11 @@ class MimoHeteroStrategy(ParallelStrategy):
         modules: layout by module name; ``None`` is colocated with tp 1, dp = world and ep the largest divisor of
             the number of experts that fits.
         num_microbatches: microbatches per step.
-        ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module.
+        ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module; ``None``
+            is the distributed optimizer, on GPUs with gradients that are reduced during the backward.
+        encoder_batching: microbatches that encoders which share the ranks of the language model take at once in
+            training: fewer and larger kernels, and gradients are returned once. Their activations are kept for as
+            many microbatches. It divides ``num_microbatches``; 1 is one by one.
         timeout: for collectives; a rank that waits longer raises.
         watchdog: after this time without progress, print which step, collective and ranks the run waits for;
             ``None`` never does.
@@ -77,16 +82,18 @@ class MimoHeteroStrategy(ParallelStrategy):
         modules: Mapping[str, ModuleParallel] | None = None,
         num_microbatches: int = 1,
         ddp: DistributedDataParallelConfig | None = None,
+        encoder_batching: int = 1,
         timeout: timedelta = DEFAULT_TIMEOUT,
         watchdog: timedelta | None = None,
         async_save: bool = False,
         on_save_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        check_arguments(modules, num_microbatches, ddp, timeout, watchdog, on_save_failure)
+        check_arguments(modules, num_microbatches, encoder_batching, ddp, timeout, watchdog, on_save_failure)
         self._modules = modules
         self._num_microbatches = num_microbatches
-        self._ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
+        self._encoder_batching = encoder_batching
+        self._ddp = ddp
         self._timeout = timeout
         self._patience = watchdog
         self._watchdog: Watchdog | None = None
@@ -155,6 +162,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         check_trainer(trainer)
         check_module(model)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
+        check_encoder_batching(self.layout, self._encoder_batching)
         check_data(self.layout, self._num_microbatches, *data)
 
     @override
@@ -204,6 +212,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         if runtime is not None:
             self.topology = runtime.topology
             runtime.num_microbatches = self._num_microbatches
+            runtime.encoder_batching = self._encoder_batching
 
     # ---- model and optimizer
 
@@ -224,13 +233,17 @@ class MimoHeteroStrategy(ParallelStrategy):
         self.model_to_device()
         module = self.lightning_module
         if self.runtime is None:
+            ddp = self._ddp or DistributedDataParallelConfig(
+                use_distributed_optimizer=True, overlap_grad_reduce=self.root_device.type == "cuda"
+            )
             self.runtime = MimoRuntime(
                 module.model,
                 self.topology,
-                ddp_config=replace(self._ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32),
+                ddp_config=replace(ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32),
                 num_microbatches=self._num_microbatches,
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,
+                encoder_batching=self._encoder_batching,
             )
             module.runtime = self.runtime
         if trainer.state.fn == TrainerFn.FITTING:
@@ -240,6 +253,9 @@ class MimoHeteroStrategy(ParallelStrategy):
                 trainer.callbacks.append(Preemption())
             # while no rank can have failed yet
             self._checkpoint_writer()
+            # what was built lives as long as the run; to look through it again and again would hold up the device
+            gc.collect()
+            gc.freeze()
         self.setup_precision_plugin()
 
     @override
@@ -265,6 +281,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
             check=partial(self.layout.check_batch, num_microbatches=self._num_microbatches),
             agree=agreement.on_next_batch,
+            pin_memory=self.root_device.type == "cuda",
             predicts=(self.global_rank, self.world_size) if stage is RunningStage.PREDICTING else None,
         )
         agreement.on_equal(f"number of step batches of the {stage.value} loader", sized_len(shared))
@@ -427,6 +444,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             self._watchdog.stop()
             self._watchdog = None
         self._close_writer()
+        gc.unfreeze()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
 

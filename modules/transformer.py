@@ -9,6 +9,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mimo_strategy.layout import ModuleLayout
 
+# Kernels of Transformer Engine, and one that torch compiles, which take the place of several each.
+FUSED_KERNELS = {
+    "moe_permute_fusion": True,
+    "moe_router_fusion": True,
+    "use_fused_weighted_squared_relu": True,
+}
+
 
 @cache
 def use_transformer_engine() -> bool:
@@ -52,10 +59,11 @@ def transformer_config(
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "moe_grouped_gemm": fused,
-        "moe_permute_fusion": fused,
         # upstream's rounds the gradient to bfloat16, whatever the model computes in
         "cross_entropy_loss_fusion": fused and dtype is torch.bfloat16,
     }
+    if fused:
+        common |= FUSED_KERNELS
     if recompute_layers:
         common |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(**(common | settings))

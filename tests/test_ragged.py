@@ -31,6 +31,8 @@ NUM_IMAGES = [
 ]
 
 TOLERANCES = Tolerances(loss=2e-6, grad_norm=2e-6, update=1e-4)
+# where gradients are small, Adam's steps show the other order in which kernels of GPUs add
+GPU_TOLERANCES = replace(TOLERANCES, update=3e-4)
 
 PLAIN = DistributedDataParallelConfig(use_distributed_optimizer=False)
 # buckets so small that each module has several
@@ -72,6 +74,11 @@ def make_data() -> DataLoader:
 
 
 @pytest.fixture(scope="module")
+def tolerances(accelerator):
+    return TOLERANCES if accelerator == "cpu" else GPU_TOLERANCES
+
+
+@pytest.fixture(scope="module")
 def reference(accelerator):
     return Reference(make_module, make_data, num_steps=len(NUM_IMAGES), accelerator=accelerator)
 
@@ -94,21 +101,39 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_microbatches", "ddp"),
+    ("layout", "num_microbatches", "ddp", "encoder_batching"),
     [
-        ("equal", 1, OVERLAPPED),
-        ("fan-in", 2, OVERLAPPED),
-        pytest.param("fan-out", 2, None, marks=pytest.mark.exhaustive),
-        ("dp2+dp1", 1, PLAIN),
-        pytest.param("dp4+dp2", 2, OVERLAPPED, marks=pytest.mark.exhaustive),
-        ("dp2+pp2", 4, None),
+        ("equal", 1, OVERLAPPED, 1),
+        ("equal", 4, OVERLAPPED, 2),
+        pytest.param("fan-in", 2, OVERLAPPED, 1, marks=pytest.mark.exhaustive),
+        ("fan-in", 4, PLAIN, 4),
+        ("fan-out", 2, None, 2),
+        ("dp2+dp1", 1, PLAIN, 1),
+        pytest.param("dp4+dp2", 2, OVERLAPPED, 1, marks=pytest.mark.exhaustive),
+        ("dp2+pp2", 4, None, 1),
     ],
     ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
 )
-def test_training_is_that_of_one_process(require_ranks, reference, layout, num_microbatches, ddp):
+def test_training_is_that_of_one_process(
+    require_ranks, reference, tolerances, layout, num_microbatches, ddp, encoder_batching
+):
     modules, world_size = LAYOUTS[layout]
     require_ranks(world_size)
-    reference.assert_alike(MimoHeteroStrategy(modules, num_microbatches, ddp=ddp), world_size, tolerances=TOLERANCES)
+    strategy = MimoHeteroStrategy(modules, num_microbatches, ddp=ddp, encoder_batching=encoder_batching)
+    reference.assert_alike(strategy, world_size, tolerances=tolerances)
+
+
+def test_an_encoder_runs_once_for_the_microbatches_that_it_takes_at_once():
+    def count():
+        module, runs = make_module(), []
+        module.encoder_inputs = lambda name, items: (
+            runs.append(len(items)) or NemotronVLM.encoder_inputs(module, name, items)
+        )
+        fit(module, MimoHeteroStrategy(num_microbatches=4, encoder_batching=2), make_data(), max_steps=1)
+        return runs
+
+    halves = [sum(NUM_IMAGES[0][:8]), sum(NUM_IMAGES[0][8:])]
+    assert run_on_ranks(count, 1) == [halves]
 
 
 class TwoEncoders(NemotronVLM):
@@ -159,9 +184,9 @@ def two_encoders(accelerator):
         ),
     ],
 )
-def test_encoders_may_differ_in_layout_and_items(require_ranks, two_encoders, modules, world_size):
+def test_encoders_may_differ_in_layout_and_items(require_ranks, two_encoders, tolerances, modules, world_size):
     require_ranks(world_size)
-    two_encoders.assert_alike(MimoHeteroStrategy(modules, 2), world_size, tolerances=TOLERANCES)
+    two_encoders.assert_alike(MimoHeteroStrategy(modules, 2), world_size, tolerances=tolerances)
 
 
 class Answers(NemotronVLM):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mimo_strategy.dataloading import ShareSampler, share_dataloader
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleParallel, ModuleSizes
-from mimo_strategy.step_batch import StepShare, check_encoder_items, gather_lanes
+from mimo_strategy.step_batch import StepShare, count_items, gather_lanes
 from mimo_strategy.testing import run_on_ranks
 from mimo_strategy.topology import Topology
 
@@ -215,7 +215,7 @@ def places_of_items(sample_ids, token_ids):
 
 
 def check(batch):
-    check_encoder_items(batch, {"images": 1000})
+    count_items(batch, {"images": 1000})
 
 
 @pytest.fixture

@@ -43,12 +43,24 @@ def wrap_modules(
             pg_collection=topology.groups[name],
         )
         wrapped.broadcast_params()
+        accumulate_in_kernels(wrapped)
         return wrapped
 
     for name, submodule in model.modality_submodules.items():
         model.modality_submodules[name] = wrap(name, submodule, _Float16Encoder)
     if model.language_model is not None:
         model.language_model = wrap(LANGUAGE, model.language_model, Float16Module)
+
+
+def accumulate_in_kernels(module: DistributedDataParallel) -> None:
+    """Let Transformer Engine's layers add weight gradients to the buffers themselves, in the buffers' precision.
+
+    megatron-core 0.19.2 can ask for it for a whole module only, which for its own layers needs a kernel of Apex.
+    """
+    for layer in module.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            weights = layer.parameters(recurse=False)
+            layer.fuse_wgrad_accumulation = all(weight.requires_grad for weight in weights)
 
 
 def module_config(module: torch.nn.Module) -> TransformerConfig:

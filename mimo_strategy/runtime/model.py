@@ -11,6 +11,7 @@ from megatron.core.models.mimo.config.role import RankRole
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.utils import unwrap_model
 
 from mimo_strategy.layout import LANGUAGE, ModuleLayout
 from mimo_strategy.runtime.colocated_bridge import ColocatedBridge
@@ -41,10 +42,12 @@ class HeteroMimoModel(MimoModel):
     Attributes:
         bridge_parts: of the microbatch that is run next, the tokens to cross the bridge from each encoder of this
             rank, see :meth:`.StepShare.bridge_parts`; ``None`` where one process has all lanes.
+        encoded: the tokens of that microbatch, by encoder, where a pass over several microbatches has made them.
     """
 
     def __init__(self, config: MimoModelConfig, topology: Topology, seed: int) -> None:
         self.bridge_parts: Mapping[str, list[int]] | None = None
+        self.encoded: Mapping[str, torch.Tensor] | None = None
         self._pipelined_alone = not config.modality_submodules_spec and topology.layout.modules[LANGUAGE].pp > 1
         self.rngs = {
             name: ModuleRng(seed + _SEEDS_PER_MODULE * (position + 1), topology.groups[name])
@@ -98,7 +101,7 @@ class HeteroMimoModel(MimoModel):
             input_ids: ``[samples, sequence]``.
             position_ids: ``[samples, sequence]``.
             labels: ``[samples, sequence]``; without them the last stage returns logits.
-            modality_inputs: keyword arguments by encoder of this rank and by its parts.
+            modality_inputs: keyword arguments by encoder of this rank and by its parts, unless ``encoded`` is set.
             blank: the encoders whose inputs are blank; what they become is dropped.
 
         Returns:
@@ -107,34 +110,81 @@ class HeteroMimoModel(MimoModel):
         Raises:
             ValueError: if an encoder's items do not become as many tokens as the samples have places for.
         """
-        tokens = {name: self._encode(name, modality_inputs[name], name in blank) for name in self.modality_submodules}
+        encoded = self.encoded
+        if encoded is None:
+            encoded = {
+                name: self.encode(name, modality_inputs[name], is_blank=name in blank)
+                for name in self.modality_submodules
+            }
+        tokens = {name: self._towards_language(name, own) for name, own in encoded.items()}
         if self.language_model is None:
             return tokens, None
         if self.role.mode is RoleLayout.NON_COLOCATED:
             tokens = self.input_tensors
         return self._forward_language_module(input_ids, position_ids, None, None, labels, tokens)
 
-    def _encode(self, name: str, inputs: dict[str, dict[str, Any]], is_blank: bool) -> torch.Tensor:
-        """The tokens of an encoder; for its lane of the language model where that runs here too."""
+    def encode(self, name: str, inputs: dict[str, dict[str, Any]], *, is_blank: bool) -> torch.Tensor:
+        """The tokens ``[tokens, hidden]`` of an encoder's inputs, none if these are blank."""
         tokens = self.modality_submodules[name](encoder_inputs=inputs)
-        if is_blank:
-            # still part of the graph: the encoder's gradients are zero, and not missing
-            tokens = tokens[:0]
+        # still part of the graph: the encoder's gradients are zero, and not missing
+        return tokens[:0] if is_blank else tokens
+
+    def num_encoder_tokens(self, name: str, bridge_parts: Mapping[str, list[int]]) -> int:
+        """How many of the tokens that cross the bridge are those of this rank's encoder lane."""
+        bridge = self.colocated_comms.get(name)
+        return bridge.num_encoder_tokens(bridge_parts[name]) if bridge else sum(bridge_parts[name])
+
+    def check_tokens(self, name: str, num_tokens: int, num_places: int) -> None:
+        """Check that the items of this rank's lane became as many tokens as there are places.
+
+        Raises:
+            ValueError: if they did not.
+        """
+        if num_tokens != num_places:
+            raise ValueError(
+                f"the {name} of a microbatch became {num_tokens} tokens, but its input_ids have {num_places} places "
+                f"for them (token {self.special_token_ids[name]})"
+            )
+
+    def _towards_language(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens of the lane of the language model, where that runs here too; otherwise ready to be sent."""
         if self.bridge_parts is None:
             return tokens
+        self.check_tokens(name, len(tokens), self.num_encoder_tokens(name, self.bridge_parts))
         parts = self.bridge_parts[name]
-        bridge = self.colocated_comms.get(name)
-        places = bridge.num_encoder_tokens(parts) if bridge else sum(parts)
-        if len(tokens) != places:
-            raise ValueError(
-                f"the {name} of a microbatch became {len(tokens)} tokens, but its input_ids have {places} places for "
-                f"them (token {self.special_token_ids[name]})"
-            )
-        if bridge:
-            return bridge.communicate(tokens, parts)
+        if name in self.colocated_comms:
+            return self.colocated_comms[name].communicate(tokens, parts)
         # megatron-core's bridge looks for it where it sends to several lanes
         tokens._mimo_bridge_split_sizes = parts
         return tokens
+
+    def get_text_embeddings(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, special_token_ids: Mapping[str, int]
+    ) -> torch.Tensor:
+        """Embeddings of text tokens; where counts are known, of all positions, so that none must be searched for."""
+        if self.bridge_parts is None:
+            return super().get_text_embeddings(input_ids, position_ids, special_token_ids)
+        embedding = unwrap_model(self.language_model).embedding
+        return embedding(input_ids=input_ids.reshape(1, -1), position_ids=position_ids.reshape(1, -1)).squeeze(1)
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Put the encoders' tokens in their places among the text; where counts are known, without reading values.
+
+        megatron-core waits for the device twice for each encoder and once for the text: the device then runs dry.
+        """
+        if self.bridge_parts is None:
+            return super().align_embeddings_by_token_positions(modality_embeddings, input_ids, special_token_ids)
+        combined = modality_embeddings["text"]
+        for name, special_token_id in special_token_ids.items():
+            tokens = modality_embeddings[name]
+            places = torch.nonzero_static(input_ids.flatten() == special_token_id, size=len(tokens)).squeeze(1)
+            combined = combined.index_copy(0, places, tokens)
+        return combined.unflatten(0, input_ids.shape).transpose(0, 1).contiguous()
 
     def own_modules(self) -> dict[str, torch.nn.Module]:
         """The modules that run on this rank, by name, wrapped if they are."""

@@ -13,7 +13,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, clip_grads
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 
 from mimo_strategy.layout import LANGUAGE
@@ -68,7 +68,9 @@ class HeteroOptimizer(MimoOptimizer):
     """``MimoOptimizer`` that keeps the norm of each module's gradients, and one loss scale for all modules.
 
     megatron-core 0.19.2 updates every module's loss scale by that module's own overflows, before modules tell each
-    other of them: their scales drift apart, while one loss is scaled for all of them.
+    other of them: their scales drift apart, while one loss is scaled for all of them. It also waits for a GPU three
+    times: for overflows, which only a loss scale looks for, for the norm, by which Transformer Engine can clip where
+    it is, and for a success that is certain. Here it does so only under a loss scale.
 
     Args:
         module_infos: optimizers by module.
@@ -76,7 +78,8 @@ class HeteroOptimizer(MimoOptimizer):
         grad_scaler: scales the loss under float16, otherwise ``None``.
 
     Attributes:
-        module_norms: norm of each module's gradients at the last step that was not skipped.
+        module_norms: norm of each module's gradients at the last step that was not skipped, on the device where that
+            clips by it.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class HeteroOptimizer(MimoOptimizer):
         grad_scaler: MegatronGradScaler | None,
     ) -> None:
         super().__init__(module_infos, config)
-        self.module_norms: dict[str, float] = {}
+        self.module_norms: dict[str, float | torch.Tensor] = {}
         self.grad_scaler = grad_scaler
         if grad_scaler is not None:
             for part in self.parts:
@@ -109,16 +112,35 @@ class HeteroOptimizer(MimoOptimizer):
         return found_inf
 
     @torch.no_grad()
-    def get_grad_norm(self) -> float:
+    def step(self) -> tuple[bool, float | torch.Tensor | None, None]:
+        # the same on every rank
+        if self.prepare_grads():
+            return False, None, None
+        grad_norm = self.get_grad_norm()
+        for optimizer in self._active_optimizers:
+            parameters = optimizer.get_parameters()
+            if parameters and optimizer.config.clip_grad > 0.0:
+                clip_grads.clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=optimizer.config.clip_grad,
+                    total_norm=grad_norm,
+                    use_decoupled_grad=optimizer.config.use_precision_aware_optimizer,
+                )
+        self.step_with_ready_grads()
+        return True, grad_norm, None
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float | torch.Tensor:
         names = sorted(self.module_infos)
-        optimizers = [self.module_infos[name].optimizer for name in names]
-        norms = torch.tensor(
-            [(optimizer.get_grad_norm() or 0.0) if optimizer is not None else 0.0 for optimizer in optimizers],
-            device=self.get_loss_scale().device,
-        )
+        norms = torch.zeros(len(names), device=self.get_loss_scale().device)
+        for position, name in enumerate(names):
+            optimizer = self.module_infos[name].optimizer
+            if optimizer is not None:
+                norms[position : position + 1] = optimizer.get_grad_norm()
         torch.distributed.all_reduce(norms, op=torch.distributed.ReduceOp.MAX)
-        self.module_norms = dict(zip(names, norms.tolist(), strict=True))
-        return math.hypot(*self.module_norms.values())
+        clips_on_device = clip_grads.multi_tensor_scale_tensor_impl is not None
+        self.module_norms = dict(zip(names, norms if clips_on_device else norms.tolist(), strict=True))
+        return norms.norm().reshape(1) if clips_on_device else math.hypot(*self.module_norms.values())
 
     def get_loss_scale(self) -> torch.Tensor:
         # the same on ranks whose modules are frozen

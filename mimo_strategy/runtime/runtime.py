@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.runtime.data_parallel import wrap_modules
+from mimo_strategy.runtime.encoder_batching import EncoderBatching, EncoderInputs, Microbatch
 from mimo_strategy.runtime.expert_load import ExpertLoad
 from mimo_strategy.runtime.gradients import finalize_gradients
 from mimo_strategy.runtime.loss import LossOutput
@@ -46,6 +47,8 @@ class MimoRuntime:
         num_microbatches: microbatches per step.
         dtype: dtype of the parameters.
         device: device of this rank.
+        encoder_batching: microbatches that colocated encoders take at once in training, see
+            :class:`.EncoderBatching`; 1 is as they run.
 
     Attributes:
         sums: what callbacks may add to, to be reduced with the loss of the next step.
@@ -62,9 +65,11 @@ class MimoRuntime:
         num_microbatches: int,
         dtype: torch.dtype,
         device: torch.device,
+        encoder_batching: int = 1,
     ) -> None:
         self.model = model
         self.topology = topology
+        self.encoder_batching = encoder_batching
         self.num_microbatches = num_microbatches
         self._ddp_config = ddp_config
         self._dtype = dtype
@@ -74,6 +79,7 @@ class MimoRuntime:
         self.in_schedule = False
         self._reduced_loss: LossOutput | None = None
         self._expert_load: ExpertLoad | None = None
+        self._encoding: EncoderBatching | None = None
         self._parameters_may_be_stale = False
         wrap_modules(model, topology, ddp_config, dtype)
         if topology.runs(LANGUAGE) and model.config.num_moe_experts:
@@ -123,6 +129,7 @@ class MimoRuntime:
         loss: Callable[[Any, Batch], LossOutput],
         *,
         backward: bool,
+        encoder_inputs: Callable[[Batch], EncoderInputs],
     ) -> LossOutput:
         """Run all microbatches of a step, with gradients ready for the optimizer if ``backward``.
 
@@ -130,6 +137,7 @@ class MimoRuntime:
             batch: this rank's share of the step batch.
             forward: output of the model for a microbatch.
             loss: loss of an output and its microbatch; called on the last stage only.
+            encoder_inputs: inputs of this rank's encoders from their items, where they take several microbatches.
 
         Returns:
             The loss of the whole step batch, the same on every rank.
@@ -155,14 +163,18 @@ class MimoRuntime:
 
         def forward_step(microbatches, model):
             microbatch, model.bridge_parts = next(microbatches)
+            model.encoded = self._encoding.next_tokens() if self._encoding else None
             return forward(microbatch), partial(megatron_loss, microbatch)
 
         microbatches = self._microbatches(batch)
+        if backward and self.encoder_batching > 1:
+            self._encoding = EncoderBatching(self.model, microbatches, self.encoder_batching, encoder_inputs)
         self.in_schedule = True
         try:
             self._schedule.run(forward_step, microbatches, forward_only=not backward)
         finally:
             self.in_schedule = False
+            self._encoding = self.model.encoded = None
         reduced = self._reduced_loss or self.sums.reduce_loss()
         self.reported = self.sums.reported()
         return reduced
@@ -188,7 +200,7 @@ class MimoRuntime:
                 module.start_param_sync(force_sync=True)
             self._parameters_may_be_stale = False
 
-    def _microbatches(self, batch: Batch) -> list[tuple[Batch, dict[str, list[int]]]]:
+    def _microbatches(self, batch: Batch) -> list[Microbatch]:
         language = self.model.config
         length, tp = batch["input_ids"].shape[1], language.tensor_model_parallel_size
         if language.sequence_parallel and length % tp:
@@ -196,14 +208,18 @@ class MimoRuntime:
                 f"sequences of {length} tokens cannot be cut over tp {tp} of {LANGUAGE}; pad them to "
                 f"{(length // tp + 1) * tp}"
             )
-        microbatches = self.share.microbatches(batch)
-        return list(zip(microbatches, self.share.bridge_parts(batch, self.model.special_token_ids), strict=True))
+        cut = zip(
+            self.share.microbatches(batch), self.share.bridge_parts(batch, self.model.special_token_ids), strict=True
+        )
+        return [Microbatch(*microbatch) for microbatch in cut]
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
         return gather_lanes(values, self.topology, self._num_microbatches)
 
     def _finalize(self, models, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
+        if self._encoding is not None:
+            self._encoding.finish()
         if self._expert_load is not None:
             self._expert_load.add_to(self.sums, self._num_microbatches)
         self._reduced_loss = self.sums.reduce_loss()

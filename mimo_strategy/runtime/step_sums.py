@@ -73,8 +73,7 @@ class StepSums:
             count: a scalar.
             settings: how to log it; the first ones of a name hold.
         """
-        parts = torch.as_tensor(sum, dtype=torch.float64, device=self._device).detach()
-        count = torch.as_tensor(count, dtype=torch.float64, device=self._device).detach()
+        parts, count = self._on_device(sum), self._on_device(count)
         values = torch.cat((parts.reshape(-1), count.reshape(1)))
         self._own.setdefault(name, _Quantity(len(parts) if parts.ndim else 0, settings))
         self._sums[name] = self._sums[name] + values if name in self._sums else values
@@ -110,6 +109,12 @@ class StepSums:
             position = end + 1
         self._sums.clear()
         return quantities
+
+    def _on_device(self, value: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to(self._device, torch.float64, non_blocking=True)
+        # the host waits where it copies a number, but not where it lets the device fill it in
+        return torch.full((), value, dtype=torch.float64, device=self._device)
 
     def _values(self, name: str) -> torch.Tensor:
         size = max(self._known[name].parts, 1) + 1

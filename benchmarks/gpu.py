@@ -1,0 +1,300 @@
+"""Train one model in several layouts in one launch, each beside a loop on megatron-core alone, and print a table.
+
+    torchrun --nproc-per-node 4 benchmarks/gpu.py --output gpu.json
+
+Each loop makes its model, process groups and optimizer, and destroys them before the next one. The model is RADIO
+ViT-H on an image of 1024 x 2048 pixels a sample, and a language model of 20 layers with 8 experts for each GPU on
+sequences of 4,096 tokens, of which 2,048 are the image's; a step has 2 samples for each GPU. ``--tiny`` takes a tiny
+model, on CPUs where there is no GPU, to try the script.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.gpu_measure import Measured, Stopwatch, matmul_rate
+from benchmarks.gpu_report import table
+from benchmarks.megatron_loop import IMAGES, MegatronLoop
+from datamodules import collate
+from mimo_strategy import DistributedDataParallelConfig, Layout, MimoHeteroStrategy, ModuleParallel, OptimizerConfig
+from mimo_strategy.layout import LANGUAGE
+from mimo_strategy.runtime import data_parallel
+from mimo_strategy.runtime.data_parallel import DistributedDataParallel
+from mimo_strategy.runtime.schedule import release_unused_bridges
+from modules import MambaMoEConfig, NemotronVLM, RadioConfig, transformer
+
+IMAGE_TOKEN = 511
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loop to measure.
+
+    Attributes:
+        name: of what is compared; cases of one name stand side by side.
+        loop: ``megatron`` is the loop on megatron-core alone, ``plain`` the strategy with its settings, ``strategy``
+            with the fused kernels that it has by default.
+        images: layout of the encoder.
+        language: layout of the language model.
+        microbatches: per step.
+        batch_size: samples per step.
+        encoder_batching: microbatches that an encoder takes at once.
+    """
+
+    name: str
+    loop: str
+    images: ModuleParallel
+    language: ModuleParallel
+    microbatches: int
+    batch_size: int
+    encoder_batching: int = 1
+
+
+def cases(num_gpus: int) -> list[Case]:
+    """What is measured on so many GPUs, an even number."""
+    half, batch = num_gpus // 2, 2 * num_gpus
+    everywhere = ModuleParallel(dp=num_gpus)
+    experts = ModuleParallel(dp=num_gpus, ep=num_gpus)
+    sharded = ModuleParallel(tp=num_gpus, ep=num_gpus)
+    first, last = ModuleParallel(dp=half), ModuleParallel(dp=half, ep=half, rank_offset=half)
+    return [
+        *(Case("colocated", loop, everywhere, experts, 1, batch) for loop in ("megatron", "plain", "strategy")),
+        *(Case("non-colocated", loop, first, last, 4, batch) for loop in ("megatron", "strategy")),
+        *(Case("encoder batching", "strategy", everywhere, experts, 4, 2 * batch, size) for size in (1, 4)),
+        Case("heterogeneous", "strategy", everywhere, sharded, 2, batch),
+        Case("homogeneous", "strategy", ModuleParallel(tp=num_gpus), sharded, 4, batch),
+    ]
+
+
+class Samples(Dataset):
+    """The same few samples over and over, in host memory: an image, then text, of which every token counts."""
+
+    def __init__(self, model: NemotronVLM, dtype: torch.dtype) -> None:
+        radio, language = model.encoder.config, model.language.config
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(
+            IMAGE_TOKEN + 1, language.vocab_size, (4, language.max_sequence_length), generator=generator
+        )
+        tokens[:, : radio.tokens_per_image] = IMAGE_TOKEN
+        self._samples = [
+            {
+                "input_ids": row,
+                "labels": row.roll(-1),
+                "loss_mask": (row != IMAGE_TOKEN).float(),
+                "images": torch.randn(1, 3, radio.image_height, radio.image_width, generator=generator).to(dtype),
+                "prompt_length": 1,
+                "sample_id": position,
+            }
+            for position, row in enumerate(tokens)
+        ]
+
+    def __len__(self) -> int:
+        return 1 << 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._samples[index % len(self._samples)]
+
+
+class Watches(Callback):
+    """Tells a stopwatch of every step."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._stopwatch.step_ended()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How everything is measured."""
+
+    tiny: bool
+    warmup: int
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
+    num_gpus: int
+
+    def model(self, optimizer: OptimizerConfig | None = None) -> NemotronVLM:
+        if self.tiny:
+            radio, language = RadioConfig.tiny(), MambaMoEConfig.tiny(vocab_size=1024, pattern="M*E-")
+        else:
+            radio = RadioConfig(image_height=1024, image_width=2048)
+            language = MambaMoEConfig(max_sequence_length=4096, num_experts=8 * self.num_gpus)
+        return NemotronVLM(
+            radio, language, image_token_id=IMAGE_TOKEN, end_token_id=0, optimizer=optimizer or OptimizerConfig(lr=2e-4)
+        )
+
+    def measure(self, case: Case) -> Measured:
+        layout = Layout.resolve(
+            self.model().module_sizes(), dist.get_world_size(), {IMAGES: case.images, LANGUAGE: case.language}
+        )
+        stopwatch = Stopwatch(self.warmup, self.steps, layout.placement)
+        run = self._megatron if case.loop == "megatron" else self._strategy
+        with nullcontext() if case.loop == "strategy" else plain_kernels():
+            run(case, layout, stopwatch)
+        forget_everything()
+        return stopwatch.measured
+
+    def step_flops(self, case: Case) -> float:
+        """Of the model, for a step batch: three times the forward pass of both modules."""
+        model = self.model()
+        batch = {
+            "input_ids": torch.empty(case.batch_size, model.language.config.max_sequence_length),
+            IMAGES: range(case.batch_size),
+        }
+        return 3 * sum(model.forward_flops(name, batch) for name in (IMAGES, LANGUAGE))
+
+    def _megatron(self, case: Case, layout: Layout, stopwatch: Stopwatch) -> None:
+        half = self.dtype is torch.bfloat16
+        config = OptimizerConfig(
+            lr=2e-4, clip_grad=1.0, use_distributed_optimizer=True, bf16=half, params_dtype=self.dtype
+        )
+        loop = MegatronLoop(self.model(), layout, case.microbatches, case.batch_size, config, self.dtype, self.device)
+        for _ in range(stopwatch.total):
+            loop.step()
+            stopwatch.step_ended()
+        loop.destroy()
+        release(loop.model, loop.optimizer._active_optimizers)
+
+    def _strategy(self, case: Case, layout: Layout, stopwatch: Stopwatch) -> None:
+        seed_everything(1, verbose=False)
+        ddp = None
+        if case.loop == "plain":
+            ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
+        strategy = MimoHeteroStrategy(
+            {IMAGES: case.images, LANGUAGE: case.language},
+            case.microbatches,
+            ddp=ddp,
+            encoder_batching=case.encoder_batching,
+        )
+        trainer = Trainer(
+            accelerator=self.device.type,
+            devices=dist.get_world_size(),
+            strategy=strategy,
+            precision="bf16-mixed" if self.dtype is torch.bfloat16 else "32-true",
+            max_steps=stopwatch.total,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[Watches(stopwatch)],
+        )
+        model = self.model()
+        data = DataLoader(Samples(model, self.dtype), case.batch_size, collate_fn=collate, num_workers=2)
+        trainer.fit(model, data)
+        model.runtime.destroy()
+        release(model.model, trainer.optimizers[0].megatron_optimizer._active_optimizers)
+
+
+@contextmanager
+def plain_kernels():
+    """Without the fused kernels that models and strategy use on GPUs, except for those that the other loop has too."""
+    with (
+        mock.patch.dict(transformer.FUSED_KERNELS, {"moe_permute_fusion": True}, clear=True),
+        mock.patch.object(data_parallel, "accumulate_in_kernels", lambda module: None),
+    ):
+        yield
+
+
+def release(model: torch.nn.Module, optimizers: list[Any]) -> None:
+    """Free the memory of buffers and optimizer states, which hooks in the graph keep alive after the model."""
+    kept = []
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            for buffer in (*module.buffers, *module.expert_parallel_buffers):
+                kept += [buffer.param_data, buffer.grad_data]
+    for part in (part for optimizer in optimizers for part in optimizer.chained_optimizers):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                kept += [parameter, parameter.grad, *part.optimizer.state[parameter].values()]
+    for tensor in kept:
+        if isinstance(tensor, torch.Tensor):
+            tensor.untyped_storage().resize_(0)
+
+
+def forget_everything() -> None:
+    """Give up what a loop held: process groups with their communicators, and memory."""
+    gc.collect()
+    release_unused_bridges()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    dist.barrier()
+
+
+def of_all_ranks(measured: Measured) -> dict[str, Any]:
+    """What rank 0 measured, with the most memory and communicators of any rank."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, measured)
+    worst = {
+        name: max(getattr(rank, name) for rank in ranks) for name in ("peak_memory", "communicators", "other_memory")
+    }
+    shares = {f"shares of rank {number}": rank.shares for number, rank in enumerate(ranks)}
+    return asdict(measured) | worst | {"median": measured.median} | shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--warmup", type=int, default=4, help="steps to leave out")
+    parser.add_argument("--steps", type=int, default=20, help="steps to time")
+    parser.add_argument("--only", nargs="*", help="names of the cases to measure")
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    bench = Bench(
+        options.tiny,
+        options.warmup,
+        options.steps,
+        device,
+        torch.bfloat16 if on_gpu else torch.float32,
+        dist.get_world_size(),
+    )
+    report = {
+        "machine": f"{dist.get_world_size()} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}",
+        "matmul": matmul_rate() if on_gpu else 1.0,
+        "sequence": bench.model().language.config.max_sequence_length,
+        "cases": [],
+    }
+    say: Callable[..., None] = print if dist.get_rank() == 0 else lambda *_, **__: None
+    for case in cases(dist.get_world_size()):
+        if options.only and case.name not in options.only:
+            continue
+        measured = of_all_ranks(bench.measure(case))
+        report["cases"].append(asdict(case) | measured | {"flops": bench.step_flops(case)})
+        say(table(report).splitlines()[-1], flush=True)
+        if options.output and dist.get_rank() == 0:
+            with open(options.output, "w") as file:
+                json.dump(report, file, indent=1)
+    say(table(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
