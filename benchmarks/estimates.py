@@ -155,16 +155,17 @@ def table(comparisons: list[Comparison], steps: int) -> str:
         f"Measured on CPUs over gloo, 4 ranks on {len(os.sched_getaffinity(0))} cores, {date.today().isoformat()}, by "
         "`benchmarks/estimates.py`.",
         "",
-        "| images | language | microbatches | precision | parameters, gradients, optimizer | activations: estimated / "
-        "measured, worst rank |" + (" step: estimated / measured |" if steps else ""),
-        "| --- | --- | --- | --- | --- | --- |" + (" --- |" if steps else ""),
+        "| images | language | placement | microbatches | precision | parameters, gradients, optimizer | activations: "
+        "estimated / measured, worst rank |" + (" step: estimated / measured |" if steps else ""),
+        "| --- | --- | --- | --- | --- | --- | --- |" + (" --- |" if steps else ""),
     ]
     for comparison in comparisons:
         row = comparison.row
         factors = short(comparison.estimate.layout)
+        placement = comparison.estimate.layout.placement.value.replace("_", "-")
         estimated, measured = max(comparison.activations, key=lambda pair: abs(pair[0] / pair[1] - 1))
         lines.append(
-            f"| {factors['images']} | {factors['language']} | {row.num_microbatches} | {row.precision}"
+            f"| {factors['images']} | {factors['language']} | {placement} | {row.num_microbatches} | {row.precision}"
             f"{', recompute' if row.recompute else ''} | {'exact' if comparison.exact else 'WRONG'}, up to "
             f"{gibibytes(comparison.held)} | {gibibytes(estimated)} / {gibibytes(measured)} "
             f"({estimated / measured - 1:+.0%}) |" + (f" {_times(comparison)} |" if steps else "")

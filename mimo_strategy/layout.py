@@ -3,16 +3,23 @@
 Plain Python, so that a wrong layout is refused before any process group exists.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
-from itertools import combinations
 from types import MappingProxyType
 from typing import Self
 
-LANGUAGE = "language"
-"""Name of the language module; megatron-core's ``MIMO_LANGUAGE_MODULE_KEY``."""
+from mimo_strategy.layout_checks import (
+    LANGUAGE,
+    bridge_failures,
+    name_failures,
+    number_failures,
+    placement_failures,
+    size_failures,
+    span,
+    wrong_numbers,
+)
 
 _NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
@@ -120,7 +127,7 @@ class ModuleLayout:
             ValueError: if the module does not run on ``rank``.
         """
         if rank not in self.ranks:
-            raise ValueError(f"rank {rank} is not among the ranks {_span(self.ranks)} of {self.name}")
+            raise ValueError(f"rank {rank} is not among the ranks {span(self.ranks)} of {self.name}")
         primary = _unravel(
             rank - self.rank_offset, (("tp", self.tp), ("cp", self.cp), ("dp", self.dp), ("pp", self.pp))
         )
@@ -129,7 +136,7 @@ class ModuleLayout:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: ranks {_span(self.ranks)} = tp {self.tp} x cp {self.cp} x dp {self.dp} x pp {self.pp}"
+            f"{self.name}: ranks {span(self.ranks)} = tp {self.tp} x cp {self.cp} x dp {self.dp} x pp {self.pp}"
             f" = etp {self.etp} x ep {self.ep} x edp {self.edp} x pp {self.pp}"
         )
 
@@ -175,22 +182,22 @@ class Layout:
 
     @classmethod
     def _resolve(cls, sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> Self:
-        failures = list(_name_failures(sizes, modules))
+        failures = list(name_failures(sizes, modules))
         if failures:
             raise LayoutError(*failures)
         resolved = {}
         # sizes order, so that every rank creates groups in the same order whatever the user's order
         for name, size in sizes.items():
-            wrong = list(_number_failures(name, modules[name]))
+            wrong = list(number_failures(name, modules[name]))
             if not wrong:
-                wrong += _size_failures(name, modules[name], size)
+                wrong += size_failures(name, modules[name], size)
                 resolved[name] = _resolve_module(name, modules[name], world_size, wrong)
             failures += wrong
         placed = {name: module for name, module in resolved.items() if module is not None}
         if len(placed) == len(sizes):
-            failures += _placement_failures(placed, world_size)
+            failures += placement_failures(placed, world_size)
         placement = Placement.COLOCATED if len({module.ranks for module in placed.values()}) == 1 else None
-        failures += _bridge_failures(placed, placement)
+        failures += bridge_failures(placed, share_ranks=placement is Placement.COLOCATED)
         if failures:
             raise LayoutError(*failures)
         return cls(MappingProxyType(placed), world_size, placement or Placement.NON_COLOCATED)
@@ -223,18 +230,6 @@ def default_modules(sizes: Mapping[str, ModuleSizes], world_size: int) -> dict[s
         name: ModuleParallel(dp=world_size, ep=_largest_common_divisor(size.num_experts, world_size))
         for name, size in sizes.items()
     }
-
-
-def _name_failures(sizes: Mapping[str, ModuleSizes], modules: Mapping[str, ModuleParallel]) -> Iterator[str]:
-    if LANGUAGE not in sizes:
-        yield f"the model's modules are {sorted(sizes)}, but one must be named {LANGUAGE}"
-    missing, unknown = sizes.keys() - modules.keys(), modules.keys() - sizes.keys()
-    if missing or unknown:
-        yield (
-            f"the model's modules are {sorted(sizes)}, the layout names {sorted(modules)}"
-            + (f"; missing: {sorted(missing)}" if missing else "")
-            + (f"; unknown: {sorted(unknown)}" if unknown else "")
-        )
 
 
 def _resolve_module(name: str, asked: ModuleParallel, world_size: int, failures: list[str]) -> ModuleLayout | None:
@@ -272,68 +267,6 @@ def _resolve_module(name: str, asked: ModuleParallel, world_size: int, failures:
     return ModuleLayout(name, asked.tp, asked.cp, dp, asked.pp, asked.ep, asked.etp, edp, asked.rank_offset, num_ranks)
 
 
-def _number_failures(name: str, asked: ModuleParallel) -> Iterator[str]:
-    for factor, value in _wrong_numbers(asked).items():
-        yield f"{name}: {factor} must be a whole number of at least {_least(factor)}, got {value!r}"
-
-
-def _wrong_numbers(asked: ModuleParallel) -> dict[str, object]:
-    return {
-        factor: value
-        for factor, value in vars(asked).items()
-        if not (value is None and factor in ("dp", "num_ranks")) and (type(value) is not int or value < _least(factor))
-    }
-
-
-def _least(factor: str) -> int:
-    return 0 if factor == "rank_offset" else 1
-
-
-def _size_failures(name: str, asked: ModuleParallel, sizes: ModuleSizes) -> Iterator[str]:
-    for factor, divides in (("tp", sizes.tp_divides), ("etp", sizes.etp_divides)):
-        for what, size in divides.items():
-            if size % getattr(asked, factor):
-                yield f"{name}: {factor} {getattr(asked, factor)} does not divide {what} {size}"
-    if not sizes.num_experts:
-        for factor in ("ep", "etp"):
-            if getattr(asked, factor) > 1:
-                yield f"{name}: {factor} {getattr(asked, factor)} but the module has no experts"
-    elif sizes.num_experts % asked.ep:
-        yield f"{name}: ep {asked.ep} does not divide its {sizes.num_experts} experts"
-    if asked.pp not in sizes.pp_stages:
-        stages = ", ".join(map(str, sorted(sizes.pp_stages)))
-        yield f"{name}: pp {asked.pp} is not possible; its layers can be cut into {stages} stage(s)"
-    if asked.cp > sizes.max_cp:
-        yield f"{name}: cp {asked.cp} is not supported; the largest cp of this module is {sizes.max_cp}"
-
-
-def _placement_failures(modules: Mapping[str, ModuleLayout], world_size: int) -> Iterator[str]:
-    spans = {name: module.ranks for name, module in modules.items()}
-    shown = ", ".join(f"{name} on {_span(ranks)}" for name, ranks in spans.items())
-    covered = set().union(*spans.values())
-    if len(covered) < world_size:
-        idle = sorted(set(range(world_size)) - covered)
-        yield f"the modules leave a gap: {shown}; ranks {idle} of {world_size} would have no work"
-    elif len(set(spans.values())) > 1 and sum(map(len, spans.values())) > world_size:
-        yield f"modules must share all ranks or none, they overlap in part: {shown}"
-
-
-def _bridge_failures(modules: Mapping[str, ModuleLayout], placement: Placement | None) -> Iterator[str]:
-    for module in modules.values():
-        if module.pp > 1 and len(modules) > 1 and placement is Placement.COLOCATED:
-            yield (
-                f"colocated modules cannot be pipelined: {module.name} has pp {module.pp} on ranks "
-                f"{_span(module.ranks)}, which all modules share"
-            )
-    # of any two, as ranks load the samples of one module and give parts of them to the others
-    for one, other in combinations(modules.values(), 2):
-        if one.dp % other.dp and other.dp % one.dp:
-            yield (
-                f"one of the dp sizes must be a multiple of the other: {one.name} has dp {one.dp}, "
-                f"{other.name} has dp {other.dp}"
-            )
-
-
 def _suggestion(sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> str:
     """A layout that fits, as close to the one asked for as the sizes allow."""
     asked = {name: _with_numbers(modules.get(name, ModuleParallel())) for name in sizes}
@@ -350,7 +283,7 @@ def _suggestion(sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapp
 
 def _with_numbers(asked: ModuleParallel) -> ModuleParallel:
     """What was asked for, with the default in the place of all that is no valid number."""
-    return replace(asked, **{factor: getattr(ModuleParallel, factor) for factor in _wrong_numbers(asked)})
+    return replace(asked, **{factor: getattr(ModuleParallel, factor) for factor in wrong_numbers(asked)})
 
 
 def _shrunk(
@@ -403,7 +336,3 @@ def _unravel(index: int, dims: tuple[tuple[str, int], ...]) -> dict[str, int]:
         coordinates[name] = index % size
         index //= size
     return coordinates
-
-
-def _span(ranks: range) -> str:
-    return f"{ranks.start}-{ranks.stop - 1}" if len(ranks) > 1 else f"{ranks.start}"

@@ -1,9 +1,11 @@
 """The arithmetic of layouts, against enumerations of its own, and what is said of a wrong layout."""
 
 import math
+import pickle
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -350,3 +352,33 @@ def assert_holds(layout, sizes, world_size):
         assert all(max(module.dp, other.dp) % min(module.dp, other.dp) == 0 for other in modules)
         if layout.placement is Placement.COLOCATED and len(sizes) > 1:
             assert module.pp == 1
+
+
+def test_every_failure_is_told_and_survives_a_pickle() -> None:
+    sizes = {
+        "images": ModuleSizes(tp_divides={"heads": 4}),
+        "language": ModuleSizes(tp_divides={"heads": 8}, num_experts=4),
+    }
+    modules = {"images": ModuleParallel(tp=3, dp=1), "language": ModuleParallel(tp=3, dp=2, ep=3, rank_offset=3, pp=0)}
+    with pytest.raises(LayoutError) as raised:
+        Layout.resolve(sizes, 40, modules)
+    assert raised.value.failures == (
+        "images: tp 3 does not divide heads 4",
+        "language: pp must be a whole number of at least 1, got 0",
+    )
+    modules["language"] = replace(modules["language"], pp=1)
+    with pytest.raises(LayoutError) as raised:
+        Layout.resolve(sizes, 40, modules)
+    assert raised.value.failures == (
+        "images: tp 3 does not divide heads 4",
+        "language: tp 3 does not divide heads 8",
+        "language: ep 3 does not divide its 4 experts",
+        "the modules leave a gap: images on 0-2, language on 3-8; ranks 9 to 39, 31 of 40 would have no work",
+    )
+    assert raised.value.suggestion.startswith("A layout that fits 40 rank(s)")
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (copy.failures, copy.suggestion, str(copy)) == (
+        raised.value.failures,
+        raised.value.suggestion,
+        str(raised.value),
+    )

@@ -1,0 +1,156 @@
+"""``mimo layout``, ``mimo plan`` and ``mimo profile``: what they print, and what they refuse."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mimo_strategy import Layout, ModuleParallel
+from mimo_strategy.cli.main import main
+from mimo_strategy.cli.run_config import read_run
+from mimo_strategy.planning import measure
+from mimo_strategy.planning.machine import read_machine
+
+CONFIGS = Path(__file__).parents[1] / "examples/configs"
+DIGITS = str(CONFIGS / "cpu-digits.yaml")
+MODULES = "--trainer.strategy.init_args.modules"
+
+
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's command line takes its arguments from the process; a terminal has a width."""
+    monkeypatch.setattr(sys, "argv", ["mimo"])
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(arguments)
+    return code, capsys.readouterr().out
+
+
+def test_layout_tells_what_runs_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "pictures/map.svg"
+    code, text = told(capsys, "layout", "--config", DIGITS, "--machine", "cpu", "--output", str(picture))
+    assert code == 0
+    assert "Non-colocated, world size 4" in text
+    assert "every check passed" in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    # two lanes of the encoder, one of the language model on two ranks
+    assert "rank 0 1 2 3" in rows
+    assert "images 0 1 \N{MIDDLE DOT} \N{MIDDLE DOT}" in rows
+    assert "language \N{MIDDLE DOT} \N{MIDDLE DOT} 0 0" in rows
+    assert "0-1 0-1 -> 0 2-3" in rows
+    assert "images 2 1 16 32 1/2" in rows
+    assert "2 language tp 0 etp 0 ep 0 edp 0 tp 2-3 ep 2-3" in rows
+    assert "<svg" in picture.read_text()
+
+
+def test_layout_as_json_has_every_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = told(capsys, "layout", "--config", DIGITS, "--machine", "cpu", "--json")
+    report = json.loads(text)
+    assert code == 0 and report["fits"]
+    run = read_run(["--config", DIGITS])
+    layout = Layout.resolve(run.model.module_sizes(), 4, run.modules)
+    for rank, modules in enumerate(report["ranks"]):
+        assert modules.keys() == {name for name, module in layout.modules.items() if rank in module.ranks}
+        for name, of_rank in modules.items():
+            assert of_rank["coordinates"] == layout.modules[name].coordinates(rank)
+            assert of_rank["bytes"]["total"] > of_rank["bytes"]["parameters"] > 0
+    assert report["bridges"] == {"images": [{"from": [0, 1], "to": [0]}]}
+
+
+def test_every_check_that_fails_is_listed_with_a_layout_that_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [f"{MODULES}.language.tp=3", f"{MODULES}.language.ep=3", f"{MODULES}.images.tp=3"]
+    code, text = told(capsys, "layout", "--config", DIGITS, "--world-size", "9", "--json", *wrong)
+    report = json.loads(text)
+    assert code == 1 and not report["fits"]
+    for failure in (
+        "images: tp 3 does not divide num_attention_heads 4",
+        "language: tp 3 does not divide num_query_groups 2",
+        "language: ep 3 does not divide its 4 experts",
+        "the modules leave a gap",
+    ):
+        assert any(failure in one for one in report["failures"]), failure
+    suggested = eval(report["suggestion"].split("modules=")[1], {"ModuleParallel": ModuleParallel})
+    Layout.resolve(read_run(["--config", DIGITS]).model.module_sizes(), 9, suggested)
+    code, text = told(capsys, "layout", "--config", DIGITS, "--world-size", "9", *wrong)
+    assert code == 1
+    assert f"{len(report['failures'])} check(s) failed" in text
+
+
+def test_a_batch_that_cannot_be_cut_fails_the_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = told(capsys, "layout", "--config", DIGITS, "--batch-size", "7")
+    assert code == 1
+    assert "the step batch of 7 samples must be a multiple" in text
+    # the map is there all the same
+    assert "Non-colocated" in text
+
+
+def test_layout_of_very_many_ranks_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    apart = [f"{MODULES}.images.dp=8192", f"{MODULES}.language.dp=4096", f"{MODULES}.language.rank_offset=8192"]
+    options = ["--world-size", "16384", "--batch-size", "16384", "--rank", "12345"]
+    code, text = told(capsys, "layout", "--config", DIGITS, *options, *apart)
+    assert code == 0
+    assert "8,186 more lanes of 1 rank(s)" in text
+    assert len(text.splitlines()) < 80
+    assert "tp 12344-12345" in " ".join(text.split())
+
+
+def test_plan_ranks_layouts_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", str(CONFIGS / "reference.yaml"), "--world-size", "32", "--batch-size", "64"]
+    code, text = told(capsys, "plan", *options)
+    assert code == 0
+    for words in ("What limits it", "The next best is", "num_microbatches:", "compute"):
+        assert words in text
+    code, text = told(capsys, "plan", *options, "--json", "--best", "3", "--memory", "141GB")
+    plan = json.loads(text)
+    times = [layout["step_seconds"] for layout in plan["best"]]
+    assert code == 0 and times[:3] == sorted(times[:3])
+    assert plan["limit_bytes"] == 0.9 * 141e9
+    for layout in plan["best"]:
+        assert sum(layout["seconds"].values()) == pytest.approx(layout["step_seconds"])
+        assert layout["peak_bytes"] < plan["limit_bytes"]
+
+
+def test_plan_without_a_layout_that_fits_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = told(capsys, "plan", "--config", DIGITS, "--memory", "100KB")
+    assert code == 1
+    assert "no layout fits" in text
+    assert "recompute_layers" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layout", "--world-size", "0"], "--world-size must be at least 1"),
+        (["layout", "--rank", "4"], "--rank 4 is not among the 4 ranks"),
+        (["layout", "--output", "map.bmp"], "must end in .png, .svg, .pdf"),
+        (["plan", "--best", "0"], "--best must be at least 1"),
+        (["plan", "--profile", "nowhere.json"], "cannot read the profile nowhere.json"),
+    ],
+)
+def test_wrong_options_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--config", DIGITS]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_size_of_memory_needs_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", DIGITS, "--memory", "much"])
+    assert "'much' is no size such as 141GB or 80GiB" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+def test_profile_measures_and_plan_takes_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "_LEAST_SECONDS", 0.01)
+    path = tmp_path / "profile.json"
+    code, text = told(capsys, "profile", "--ranks", "2", "--accelerator", "cpu", "--output", str(path))
+    machine = read_machine(path)
+    assert code == 0 and "dispatch" in text
+    assert machine.bandwidth != measure.MACHINES["cpu"].bandwidth
+    code, text = told(capsys, "plan", "--config", DIGITS, "--profile", str(path), "--json")
+    assert code == 0
+    assert json.loads(text)["machine"] == machine.name
