@@ -11,8 +11,9 @@ PACKAGE = ROOT / "mimo_strategy"
 GAP = "…"
 # Where what a user did wrong is told. Messages of other files are for those who change the code.
 _FOR_USERS = {
-    *("agreement", "batch_checks", "checks", "dataloading", "generation", "launcher", "layout", "metrics", "module"),
-    *("precision", "step_batch", "strategy", "topology", "checkpoint", "runtime", "cpu/import_hook"),
+    *("agreement", "batch_checks", "checks", "dataloading", "generation", "launcher", "layout", "layout_checks"),
+    *("metrics", "module", "precision", "step_batch", "strategy", "topology", "checkpoint", "runtime"),
+    "cpu/import_hook",
 }
 # Parts of another message, or of a program that is wrong.
 _NOT_TOLD = ("its checksum is wrong", "which no index needs", "it holds a", "is not of this checkpoint")
