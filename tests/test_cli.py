@@ -216,6 +216,17 @@ def test_a_wrong_verb_names_the_closest(capsys):
     assert "no verb 'preddict'; did you mean 'predict'?" in capsys.readouterr().err
 
 
+def test_ids_that_neither_data_nor_user_tell_are_asked_for(capsys):
+    assert main(["fit", "--config", DIGITS, "--data=cli_data.SilentData", "--data.batch_size=8"]) == 2
+    check_told(capsys, ["image_token_id, end_token_id", "--model.image_token_id="])
+
+
+def test_of_ranks_that_a_launcher_started_one_tells(capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert main(["preddict"]) == 2
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("verb", [None, "fit", "validate", "test", "predict"])
 def test_help_fits_a_screen(verb, capsys):
     assert main([verb, "--help"] if verb else ["--help"]) == 0

@@ -115,7 +115,14 @@ class MimoCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UsageError(shorten(str(error), self.parser, _class_names())) from error
+            message = shorten(str(error), self.parser, _class_names())
+            if "NoneType" in message and (unset := self._unset_ids()):
+                message = f"the data do not tell {', '.join(unset)}: give the model --model.{unset[0]}=... and so on"
+            raise UsageError(message) from error
+
+    def _unset_ids(self) -> list[str]:
+        settings = self.config[self.verb]["model"]["init_args"]
+        return [key for key in _OF_THE_DATA.values() if key in settings and settings[key] is None]
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
