@@ -11,11 +11,12 @@ from rich.text import Text
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, Placement
 from mimo_strategy.pictures.lane_colors import lane_color
 from mimo_strategy.pictures.layout_text import fan, heading, title
-from mimo_strategy.pictures.palette import INK, MUTED, Color
+from mimo_strategy.pictures.palette import INK, Color
 from mimo_strategy.planning.groups import feeds, groups, lane_ranks
 from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.planning.report import LayoutReport, RankMemory
 
+_FAINT = "dim"
 _NOTHING = "\N{MIDDLE DOT}"
 _MOST_CELLS = 128
 """Ranks that are drawn one by one; of more, lanes are summed up."""
@@ -35,14 +36,12 @@ def show_layout(console: Console, report: LayoutReport, ranks: list[int]) -> Non
     """
     if report.layout is not None:
         console.print(_headings(report))
-        console.print(_map(report, console.width))
-        console.print(_lanes(report))
-        for encoder in _encoders(report):
-            console.print(_bridge(report, encoder))
-        console.print(_stages(report))
-        console.print(_groups(report, ranks or _some_ranks(report)))
+        tables = [_lanes(report), *(_bridge(report, encoder) for encoder in _encoders(report)), *_stages(report)]
+        for part in (_map(report, console.width), *tables, _groups(report, ranks or _some_ranks(report))):
+            console.print(part)
+            console.print()
         if report.unknown:
-            console.print(Text(f"No estimate: {report.unknown}", MUTED))
+            console.print(Text(f"No estimate: {report.unknown}", _FAINT))
     console.print(_checks(report))
 
 
@@ -55,7 +54,7 @@ def _headings(report: LayoutReport) -> RenderableType:
             "not bold",
         )
     for module in _modules(report):
-        lines.append(Text.assemble((f"{module.name:<10}", "bold"), (heading(module), MUTED)))
+        lines.append(Text.assemble((f"{module.name:<10}", "bold"), (heading(module), _FAINT)))
     return Group(*lines, "")
 
 
@@ -71,7 +70,7 @@ def _map(report: LayoutReport, width: int) -> RenderableType:
     lines = []
     for start in range(0, world_size, columns):
         ranks = range(start, min(start + columns, world_size))
-        lines.append(Text(f"{'rank':<{label}}" + "".join(f"{rank:>{digits}} " for rank in ranks), MUTED))
+        lines.append(Text(f"{'rank':<{label}}" + "".join(f"{rank:>{digits}} " for rank in ranks), _FAINT))
         for module in _modules(report):
             line = Text(f"{module.name:<{label}}", "bold")
             for rank in ranks:
@@ -79,7 +78,7 @@ def _map(report: LayoutReport, width: int) -> RenderableType:
                     lane = module.coordinates(rank)["dp"]
                     line.append(f"{lane:>{digits}} ", _style(report, module, rank))
                 else:
-                    line.append(f"{_NOTHING:>{digits}} ", MUTED)
+                    line.append(f"{_NOTHING:>{digits}} ", _FAINT)
             lines.append(line)
         lines.append(Text())
     return Group(*lines[:-1], _legend())
@@ -89,19 +88,19 @@ def _summed_up(report: LayoutReport, module: ModuleLayout) -> Text:
     """First and last lanes of each stage; those between repeat them."""
     text = Text(f"{module.name}\n", "bold")
     for stage in range(module.pp):
-        text.append(f"  {f'pp {stage}' if module.pp > 1 else 'lanes':<6} ", MUTED)
+        text.append(f"  {f'pp {stage}' if module.pp > 1 else 'lanes':<6} ", _FAINT)
         shown = list(_some(module.dp, 6))
         for lane in shown:
             ranks = lane_ranks(module, lane, stage)
             text.append(f" {_span(ranks)} ", _style(report, module, ranks[0]))
             if lane + 1 < module.dp and lane + 1 not in shown:
-                text.append(f" ... {module.dp - len(shown):,} more lanes of {len(ranks)} rank(s) ... ", MUTED)
+                text.append(f" ... {module.dp - len(shown):,} more lanes of {len(ranks)} rank(s) ... ", _FAINT)
         text.append("\n")
     return text
 
 
 def _legend() -> Text:
-    return Text(f"number and hue: data-parallel lane, shade: shard (tp, cp) of it, {_NOTHING}: not here\n", MUTED)
+    return Text(f"number and hue: data-parallel lane, shade: shard (tp, cp) of it, {_NOTHING}: not here", _FAINT)
 
 
 def _lanes(report: LayoutReport) -> RenderableType:
@@ -148,7 +147,7 @@ def _ranks_of(module: ModuleLayout, lanes: range, stage: int) -> range:
     return range(lane_ranks(module, lanes[0], stage).start, lane_ranks(module, lanes[-1], stage).stop)
 
 
-def _stages(report: LayoutReport) -> RenderableType:
+def _stages(report: LayoutReport) -> list[Table]:
     layers = _table("Stages", "module", "pp", "ranks", "layers")
     table = _table("Bytes on each rank", "", "params", "grads", "optimizer", "activations*", "total")
     totals: list[list[RankMemory]] = []
@@ -165,12 +164,12 @@ def _stages(report: LayoutReport) -> RenderableType:
             totals.append(held)
             layers.add_row(module.name, f"{stage}", _span(ranks), kinds)
     if report.estimate is None:
-        return layers
+        return [layers]
     if report.layout.placement is Placement.COLOCATED and len(totals) > 1:
         sums = [sum(memory.total for memory in rank) for rank in zip(*totals, strict=True)]
         table.add_row("together", "", "", "", "", _between(sums))
     table.caption = "* estimated; the others are exact"
-    return Group(layers, table)
+    return [layers, table]
 
 
 def _bytes(held: list[RankMemory]) -> Iterator[str]:
@@ -230,7 +229,7 @@ def _table(name: str, *columns: str) -> Table:
         title=name, title_justify="left", title_style="bold", caption_justify="left", box=None, pad_edge=False
     )
     for column in columns:
-        table.add_column(column, header_style=MUTED, overflow="fold")
+        table.add_column(column, header_style=_FAINT, overflow="fold")
     return table
 
 

@@ -10,14 +10,28 @@ from rich.text import Text
 
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.job import job_parser, read_job
-from mimo_strategy.pictures.palette import HUES, MUTED
+from mimo_strategy.pictures.palette import BLUE, GREEN, OLIVE, ORANGE, PALE, PURPLE, SKY, VERMILION
 from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Estimate, Job
-from mimo_strategy.planning.explain import CAUSES, as_yaml, short, why
+from mimo_strategy.planning.explain import as_yaml, short, why
 from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.planning.search import Plan, search
 
-_BAR = 20
+_COLORS = {
+    "compute": BLUE,
+    "tp": ORANGE,
+    "cp": ORANGE,
+    "ep": PURPLE,
+    "etp": PURPLE,
+    "bridge": SKY,
+    "pp": SKY,
+    "bubble": PALE,
+    "dispatch": VERMILION,
+    "dp": GREEN,
+    "update": OLIVE,
+    "processors": PALE,
+}
+_BAR = 18
 """Width of a bar of a step's time, in letters."""
 
 
@@ -45,26 +59,26 @@ def main(arguments: list[str]) -> int:
 def _show(console: Console, job: Job, world_size: int, plan: Plan) -> None:
     console.print(
         f"[bold]{world_size:,} x {job.machine.name}[/bold], step batch {job.batch_size:,}, sequences of {job.length:,} "
-        f"tokens, {job.training.precision}, up to {gibibytes(plan.limit)} a rank"
+        f"tokens, {job.training.precision}, up to {gibibytes(plan.limit)} a rank",
+        highlight=False,
     )
     if not plan.best:
         console.print(Panel(_nothing_fits(plan), title="no layout fits", border_style="red"))
         return
-    colors = dict(zip(CAUSES, (HUES * 2)[: len(CAUSES)], strict=True))
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for column in ("", "layout", "mb", "step", "of which", "memory"):
-        table.add_column(column, header_style=MUTED, no_wrap=True)
+        table.add_column(column, header_style="dim", no_wrap=True)
     for place, estimate in enumerate(plan.best, start=1):
         table.add_row(
             f"{place}",
             _names(estimate),
             f"{estimate.num_microbatches}",
             f"{estimate.step_seconds:.3f} s",
-            _shares(estimate, colors),
+            _shares(estimate),
             gibibytes(estimate.peak_bytes),
         )
     console.print(table)
-    console.print(Text("mb: microbatches of a step; memory: of the fullest rank", MUTED))
+    console.print(Text("mb: microbatches of a step; memory: of the fullest rank", "dim"))
     console.print(Panel("\n".join(why(plan)), title="why", border_style="green"))
     console.print(Text(as_yaml(plan.best[0]), "bold"))
 
@@ -83,20 +97,20 @@ def _nothing_fits(plan: Plan) -> str:
 def _names(estimate: Estimate) -> Text:
     placement = estimate.layout.placement.value.replace("_", "-")
     lines = [f"{name}: {factors}" for name, factors in short(estimate.layout).items()]
-    return Text("\n".join(lines)).append(f"\n{placement}", MUTED)
+    return Text("\n".join(lines)).append(f"\n{placement}", "dim")
 
 
-def _shares(estimate: Estimate, colors: dict[str, str]) -> Text:
+def _shares(estimate: Estimate) -> Text:
     """A bar of the step's time by cause, and the larger causes by name."""
     step = estimate.step_seconds
     causes = sorted((item for item in estimate.seconds.items() if item[1] > 0), key=lambda item: -item[1])
     text = Text()
     for cause, seconds in causes:
-        text.append("\N{FULL BLOCK}" * round(_BAR * seconds / step), colors[cause])
+        text.append("\N{FULL BLOCK}" * round(_BAR * seconds / step), _COLORS[cause])
     named = [(cause, seconds) for cause, seconds in causes if seconds > 0.02 * step]
     for number, (cause, seconds) in enumerate(named):
-        text.append("\n" if number % 3 == 0 else "  ")
-        text.append(f"{cause} {seconds / step:.0%}", colors[cause])
+        text.append("\n" if number % 2 == 0 else "  ")
+        text.append(f"{cause} {seconds / step:.0%}", _COLORS[cause])
     return text
 
 
