@@ -200,7 +200,7 @@ class MimoModule(LightningModule):
             Per-token losses ``[samples, sequence]`` if ``labels`` are given, otherwise logits; on ranks of other
             stages what the next stage takes.
         """
-        inputs = self._inputs_of_encoders(batch) if self.model.encoded is None else EncoderInputs({}, ())
+        inputs = self.inputs_of_encoders(batch) if self.model.encoded is None else EncoderInputs({}, ())
         output, _ = self.model(
             batch["input_ids"],
             position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(batch["input_ids"]),
@@ -210,7 +210,8 @@ class MimoModule(LightningModule):
         )
         return output
 
-    def _inputs_of_encoders(self, items: Batch) -> EncoderInputs:
+    def inputs_of_encoders(self, items: Batch) -> EncoderInputs:
+        """What this rank's encoders are called with for their ``items``, blank where there are none."""
         own = {name: items[name] for name in self.model.modality_submodules}
         blank = {name: self.blank_items(name, empty) for name, empty in own.items() if len(empty) == 0}
         return EncoderInputs({name: self.encoder_inputs(name, part) for name, part in (own | blank).items()}, blank)
@@ -236,7 +237,7 @@ class MimoModule(LightningModule):
         batch = {**batch, **self._counts(batch)}
         if self.runtime is not None:
             loss = self.runtime.run_step(
-                batch, self.forward_step, self.loss_step, backward=backward, encoder_inputs=self._inputs_of_encoders
+                batch, self.forward_step, self.loss_step, backward=backward, encoder_inputs=self.inputs_of_encoders
             )
             self._log_reported(training=backward)
             return loss

@@ -86,7 +86,9 @@ def measure_costs(
     def step() -> float:
         dist.barrier()
         start = time.perf_counter()
-        runtime.run_step(batch, model.forward_step, model.loss_step, backward=True)
+        runtime.run_step(
+            batch, model.forward_step, model.loss_step, backward=True, encoder_inputs=model.inputs_of_encoders
+        )
         optimizer.step()
         dist.barrier()
         return time.perf_counter() - start
