@@ -19,6 +19,7 @@ from safetensors import safe_open
 from datamodules import DigitsDataModule, MockImageDataModule
 from mimo_strategy import Layout, ModuleParallel
 from mimo_strategy.callbacks.captions import written_positions
+from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.main import VERBS, main
 from mimo_strategy.cli.run_config import read_run
 
@@ -209,6 +210,11 @@ WRONG_ARGUMENTS = {
 def test_a_wrong_argument_is_told_in_few_lines(argument, capsys):
     assert main(["fit", "--config", DIGITS, argument]) == 2
     check_told(capsys, WRONG_ARGUMENTS[argument])
+
+
+def test_verbs_without_a_trainer_are_told_the_same():
+    with pytest.raises(UsageError, match=r"^image_height 33 is no multiple of [^\n]*$"):
+        read_run(["--config", DIGITS, "--model.radio.image_height=33"])
 
 
 def test_a_wrong_verb_names_the_closest(capsys):
