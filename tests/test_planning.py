@@ -1,6 +1,8 @@
 """Estimates agree with what runs hold and with what was measured; the search finds what it should."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,8 +147,10 @@ def test_layouts_are_ranked_as_they_were_measured() -> None:
         for _, images, language, num_microbatches in MEASURED
     ]
     assert estimates == sorted(estimates)
+    page = (Path(__file__).parents[1] / "docs/planning.md").read_text()
     for estimate, (measured, *_) in zip(estimates, MEASURED, strict=True):
         assert estimate == pytest.approx(measured, rel=0.25)
+        assert f"| {measured:.3f} s | {estimate:.3f} s |" in page
 
 
 def test_costs_count_the_same_operations_as_forward_flops() -> None:
@@ -309,3 +313,9 @@ def test_bytes_are_told_in_the_unit_that_fits() -> None:
         "3.0 GiB",
         "4547.5 TiB",
     ]
+
+
+def test_planning_needs_no_torch() -> None:
+    modules = ["cost", "estimate", "explain", "groups", "machine", "memory", "report", "search"]
+    imports = "; ".join(f"import mimo_strategy.planning.{module}" for module in modules)
+    subprocess.run([sys.executable, "-c", f"import sys; {imports}; assert 'torch' not in sys.modules"], check=True)
