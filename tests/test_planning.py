@@ -71,6 +71,7 @@ def tiny_batch(num_samples: int) -> dict[str, torch.Tensor]:
 COLOCATED_4 = {"images": ModuleParallel(dp=4), "language": ModuleParallel(tp=2, ep=2)}
 APART_2 = {"images": ModuleParallel(dp=1), "language": ModuleParallel(dp=1, rank_offset=1)}
 PIPELINED_3 = {"images": ModuleParallel(dp=1), "language": ModuleParallel(dp=1, pp=2, rank_offset=1)}
+WHOLE_EXPERTS_2 = {"images": ModuleParallel(tp=2), "language": ModuleParallel(tp=2)}
 EXPERT_TP_4 = {"images": ModuleParallel(tp=2), "language": ModuleParallel(tp=2, ep=2, etp=2)}
 SHARDED = DistributedDataParallelConfig(use_distributed_optimizer=True)
 WHOLE = DistributedDataParallelConfig(use_distributed_optimizer=False)
@@ -86,6 +87,7 @@ exhaustive = pytest.mark.exhaustive
     [
         (COLOCATED_4, "bf16-mixed", SHARDED, False),
         (APART_2, "32-true", WHOLE, False),
+        (WHOLE_EXPERTS_2, "bf16-true", SHARDED, False),
         (PIPELINED_3, "bf16-mixed", BUCKETS, True),
         pytest.param(COLOCATED_4, "32-true", SHARDED, False, marks=exhaustive),
         pytest.param(COLOCATED_4, "32-true", SHARDED, True, marks=exhaustive),
@@ -100,7 +102,8 @@ exhaustive = pytest.mark.exhaustive
 def test_runs_hold_the_bytes_that_were_told(
     modules: dict[str, ModuleParallel] | None, precision: str, ddp: DistributedDataParallelConfig, recompute: bool
 ) -> None:
-    world_size, batch_size, num_microbatches = (3 if modules is PIPELINED_3 else 2 if modules is APART_2 else 4), 8, 2
+    batch_size, num_microbatches = 8, 2
+    world_size = 3 if modules is PIPELINED_3 else 2 if modules in (APART_2, WHOLE_EXPERTS_2) else 4
     model = tiny(recompute_layers=recompute)
     layout = Layout.resolve(model.module_sizes(), world_size, modules)
 
