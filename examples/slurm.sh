@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The digits example on one Slurm node of four tasks; for more nodes set --nodes and Trainer(num_nodes=...) alike.
+# A run on two Slurm nodes of eight GPUs each; what follows the script is for `mimo fit`.
 #
-#     sbatch examples/slurm.sh
+#     sbatch examples/slurm.sh --config examples/configs/two-nodes.yaml --trainer.max_steps=1000
 #
-# Slurm starts the ranks, one task each: --ntasks-per-node must be Trainer(devices=...). Ninety seconds before the time
-# is up it sends SIGUSR1; all ranks then save hpc_ckpt_N.ckpt under Trainer(default_root_dir=...) at the end of the same
-# step, and the first requeues the job, which goes on from there.
+# Slurm starts the ranks, one task each: --nodes must be trainer.num_nodes and --ntasks-per-node trainer.devices.
+# Ninety seconds before the time is up it sends SIGUSR1; all ranks then save hpc_ckpt_N.ckpt in
+# trainer.default_root_dir at the end of the same step, and the first requeues the job, which goes on from there.
 #SBATCH --job-name=mimo
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=4
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
-#SBATCH --gpus-per-node=4
+#SBATCH --gpus-per-node=8
 #SBATCH --time=04:00:00
 #SBATCH --signal=SIGUSR1@90
 #SBATCH --requeue
@@ -20,4 +20,4 @@ set -euo pipefail
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 
-srun .venv/bin/python examples/train_digits.py "$@"
+srun .venv/bin/mimo fit "$@"

@@ -1,5 +1,6 @@
 """Summary and speed: what they show of modules on other ranks, and that every operation is counted once."""
 
+import json
 from typing import Any
 
 import pytest
@@ -10,10 +11,10 @@ from tiny_runs import BATCH_SIZE, OPTIMIZER, digits, make_trainer, vision_langua
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules import collate
+from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
-from mimo_strategy.callbacks import ModuleSummary, Throughput
+from mimo_strategy.callbacks import CaptionWriter, ModuleSummary, Throughput
 from mimo_strategy.testing import run_on_ranks
 from modules import MambaMoE, MambaMoEConfig, Projector, ProjectorConfig, RadioConfig, RadioEncoder
 
@@ -188,3 +189,34 @@ def test_the_summary_shows_every_module_of_every_rank_by_default(callback, capfd
 def test_no_summary_if_the_trainer_wants_none(capfd):
     run_on_ranks(lambda: fit(None, vision_language("*"), 1) and None, 1)
     assert "images" not in capfd.readouterr().out
+
+
+class Unlabelled(DigitsDataModule):
+    """Three questions in two step batches, without answers and without words."""
+
+    def predict_dataloader(self) -> DataLoader:
+        self.vocabulary = None
+
+        def unlabelled(samples):
+            return {name: value for name, value in collate(samples).items() if name not in ("labels", "loss_mask")}
+
+        return DataLoader(Subset(self.val_dataset, range(3)), batch_size=2, collate_fn=unlabelled)
+
+
+def predict_alone(folder):
+    model = vision_language("M*E")
+    model.max_new_tokens = 2
+    make_trainer("auto", callbacks=[CaptionWriter(folder)]).predict(model, Unlabelled(2, seq_length=24))
+    model.predict_step = lambda batch, batch_idx: batch["input_ids"]
+    with pytest.raises(TypeError, match="as a Prediction"):
+        make_trainer("auto", callbacks=[CaptionWriter(folder / "none")]).predict(model, digits(4))
+
+
+def test_captions_are_written_by_one_process_and_without_labels(tmp_path):
+    run_on_ranks(predict_alone, 1, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [record["sample_id"] for record in records] == [0, 1, 2]
+    assert all(record["truth"] is None for record in records)
+    assert all(word.isdecimal() for record in records for word in record["text"].split() + record["prompt"].split())
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"0.png", "1.png", "2.png"}
+    assert (tmp_path / "captions.png").exists()

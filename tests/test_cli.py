@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ from safetensors import safe_open
 from datamodules import DigitsDataModule, MockImageDataModule
 from mimo_strategy import Layout, ModuleParallel
 from mimo_strategy.callbacks.captions import written_positions
+from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.main import VERBS, main
 from mimo_strategy.cli.run_config import read_run
 
@@ -208,9 +212,25 @@ def test_a_wrong_argument_is_told_in_few_lines(argument, capsys):
     check_told(capsys, WRONG_ARGUMENTS[argument])
 
 
+def test_verbs_without_a_trainer_are_told_the_same():
+    with pytest.raises(UsageError, match=r"^image_height 33 is no multiple of [^\n]*$"):
+        read_run(["--config", DIGITS, "--model.radio.image_height=33"])
+
+
 def test_a_wrong_verb_names_the_closest(capsys):
     assert main(["preddict"]) == 2
     assert "no verb 'preddict'; did you mean 'predict'?" in capsys.readouterr().err
+
+
+def test_ids_that_neither_data_nor_user_tell_are_asked_for(capsys):
+    assert main(["fit", "--config", DIGITS, "--data=cli_data.SilentData", "--data.batch_size=8"]) == 2
+    check_told(capsys, ["image_token_id, end_token_id", "--model.image_token_id="])
+
+
+def test_of_ranks_that_a_launcher_started_one_tells(capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert main(["preddict"]) == 2
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("verb", [None, "fit", "validate", "test", "predict"])
@@ -237,6 +257,27 @@ def test_help_comes_without_torch_and_the_name_with_lightning():
     run = [sys.executable, "-W", "ignore", "-c", ANSWERS_WITHOUT_TORCH]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
+
+
+COMPLETED = {
+    "mimo f": ["fit"],
+    "mimo fit --trainer.max_s": ["--trainer.max_steps"],
+    "mimo fit --model ": ["MambaMoE", "NemotronVLM"],
+    "mimo fit --model.radio.image_h": ["--model.radio.image_height"],
+    "mimo predict --trainer.strategy.modules.language.rank": ["--trainer.strategy.modules.language.rank_offset"],
+    "mimo fit --trainer.strategy.on_save_failure ": ["raise", "warn"],
+}
+
+
+def test_a_shell_completes_verbs_options_and_classes(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    for line, completed in COMPLETED.items():
+        words = line.split(" ")
+        ask = f"""source ./script; COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}
+        _shtab_mimo mimo "${{@: -1}}" "${{@: -2:1}}"; echo "${{COMPREPLY[*]}}" """
+        result = subprocess.run(["bash", "-c", ask, "bash", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert result.stdout.split() == completed, line
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2])
@@ -300,6 +341,30 @@ def test_a_run_is_trained_written_and_exported(tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(tmp_path / "none.ckpt"), str(file)]) == 2
     assert "mimo export: there is no" in capsys.readouterr().err
+
+
+def commands_of_the_page():
+    page = (ROOT / "docs/command-line.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("mimo ")]
+
+
+def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch):
+    commands = commands_of_the_page()
+    assert len(commands) > 8
+    monkeypatch.chdir(ROOT)
+    for verb, *arguments in commands:
+        assert verb in {*VERBS, "--help"}
+        if verb == "fit":
+            read_run([argument for argument in arguments if argument != "--print_config"])
+
+
+def test_the_configuration_of_the_documentation_is_one(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "config.yaml").write_text(shown)
+    shutil.copytree(CONFIGS / "model", tmp_path / "model")
+    run, digits = (read_run(["--config", str(path)]) for path in (tmp_path / "config.yaml", DIGITS))
+    assert (run.modules, run.num_microbatches) == (digits.modules, digits.num_microbatches)
 
 
 @pytest.mark.exhaustive

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -108,3 +109,53 @@ def test_train_names_the_layouts_when_given_another():
     result = make("train", "LAYOUT=wrong")
     assert result.returncode != 0
     assert "must be one of: non_colocated colocated" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """An environment with the built wheel, which sees the packages that this one has but not this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("mimo_strategy", "modules", "datamodules", "examples"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    offline = ["--no-index", "--no-deps"]
+    run_in(folder, *pip, "wheel", *offline, "--no-build-isolation", "-w", str(folder), str(source))
+    (wheel,) = folder.glob("*.whl")
+    environment = folder / "environment"
+    run_in(folder, sys.executable, "-m", "venv", "--without-pip", str(environment))
+    run_in(folder, *pip, "--python", str(environment / "bin/python"), "install", *offline, str(wheel))
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    shutil.rmtree(source)
+    return environment
+
+
+def run_in(folder, *command):
+    """What a command prints, run in ``folder`` without the caller's PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_wheel_brings_the_command_and_configurations(installed, tmp_path):
+    mimo = str(installed / "bin/mimo")
+    assert "usage: mimo VERB" in run_in(tmp_path, mimo, "--help")
+    configs = installed / "share/mimo-strategy/configs"
+    of_the_checkout = ROOT / "examples/configs"
+    files = {path.relative_to(of_the_checkout) for path in of_the_checkout.rglob("*.yaml")}
+    assert {path.relative_to(configs) for path in configs.rglob("*.yaml")} == files
+    printed = run_in(tmp_path, mimo, "fit", "--config", str(configs / "cpu-digits.yaml"), "--print_config")
+    assert "class_path: modules.NemotronVLM" in printed and "rank_offset: 2" in printed
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(installed):
+    code = "import mimo_strategy, modules, datamodules; print(mimo_strategy.__file__)"
+    assert run_in(installed, str(installed / "bin/python"), "-c", code).startswith(str(installed))
+    (site_packages,) = installed.glob("lib/python*/site-packages")
+    folders = {path.name for path in site_packages.iterdir() if path.is_dir()}
+    assert {name for name in folders if not name.endswith(".dist-info")} == {"mimo_strategy", "modules", "datamodules"}

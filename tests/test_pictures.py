@@ -262,7 +262,7 @@ def test_curves_without_anything_to_draw_are_refused(tmp_path: Path) -> None:
         draw_curves(write_metrics(tmp_path / "metrics.csv", [{"step": 0, "heldout_accuracy": 1.0}]))
 
 
-def sample(generated: str, truth: str, image: torch.Tensor | None = None) -> CaptionedImage:
+def sample(generated: str, truth: str | None, image: torch.Tensor | None = None) -> CaptionedImage:
     return CaptionedImage(torch.rand(3, 8, 8) if image is None else image, "Which digit?", generated, truth)
 
 
@@ -273,6 +273,12 @@ def test_wrong_captions_show_the_truth_and_are_marked() -> None:
     assert shown.count("\N{BALLOT X}") == 1
     assert shown.count("Which digit?") == 3
     assert [text for text in shown if text.startswith("truth")] == ["truth: 8"]
+
+
+def test_captions_whose_truth_is_not_known_are_not_judged() -> None:
+    shown = texts(draw_captions([sample("7", "7"), sample("3", None)]))
+    assert "2 shown" in shown and not any(text.startswith("truth") for text in shown)
+    assert shown.count("\N{CHECK MARK}") == 1 and "\N{BALLOT X}" not in shown
 
 
 def test_long_captions_wrap_without_touching_one_another() -> None:

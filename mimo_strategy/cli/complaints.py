@@ -1,8 +1,8 @@
 """Short forms of jsonargparse's error messages: the place, what is wrong there, and the closest valid key.
 
 jsonargparse reports what every member of a union said, with the whole value, in nested paragraphs. The complaint that
-lies deepest is the one that came closest to a valid value. Wordings are those of jsonargparse 4.39 to 4.53; of a
-message that none of them matches, what the value was is left out.
+lies deepest is the one that came closest to a valid value. Wordings are those of jsonargparse 4.53; of a message that
+none of them matches, what the value was is left out.
 """
 
 import difflib

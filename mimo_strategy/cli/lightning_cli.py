@@ -113,9 +113,20 @@ class MimoCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         try:
-            super().instantiate_classes()
+            self.make_objects()
         except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UsageError(shorten(str(error), self.parser, _class_names())) from error
+            message = shorten(str(error), self.parser, _class_names())
+            if "NoneType" in message and (unset := self._unset_ids()):
+                message = f"the data do not tell {', '.join(unset)}: give the model --model.{unset[0]}=... and so on"
+            raise UsageError(message) from error
+
+    def make_objects(self) -> None:
+        """Make model, data and Trainer."""
+        super().instantiate_classes()
+
+    def _unset_ids(self) -> list[str]:
+        settings = self.config[self.verb]["model"]["init_args"]
+        return [key for key in _OF_THE_DATA.values() if key in settings and settings[key] is None]
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

@@ -26,6 +26,7 @@ VERBS = {
     "profile": Verb("mimo_strategy.cli.profile:main", "measure this machine, for `plan`"),
     "export": Verb("mimo_strategy.cli.weights:export", "a checkpoint's weights as one safetensors file"),
     "import": Verb("mimo_strategy.cli.weights:import_", "a checkpoint from a safetensors file"),
+    "completion": Verb("mimo_strategy.cli.completion:main", "a script that completes all this in a shell"),
 }
 
 HELP = """usage: mimo VERB [options]
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; ``arguments`` default to those of the process. Returns the exit code: 2 if the input is wrong."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help", "help"):
-        print(HELP.format(verbs="\n".join(f"  {name:<10}{verb.summary}" for name, verb in VERBS.items())))
+        print(HELP.format(verbs="\n".join(f"  {name:<12}{verb.summary}" for name, verb in VERBS.items())))
         return 0
     try:
         if verb not in VERBS:

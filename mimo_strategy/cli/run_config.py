@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import override
 
 from jsonargparse import Namespace
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -38,6 +39,9 @@ def read_run(arguments: list[str]) -> RunConfig:
     """Read ``--config FILE`` and overrides as ``mimo fit`` takes them.
 
     The datamodule is instantiated, as the model may take values of it, but asked for no data; the Trainer is not.
+
+    Raises:
+        UsageError: for a configuration that cannot work.
     """
     reader = _Reader("fit", arguments)
     trainer, strategy = reader.config["fit"]["trainer"], reader.config["fit"]["trainer"]["strategy"]
@@ -63,14 +67,17 @@ def _world_size(devices: list[int] | str | int, num_nodes: int) -> int | None:
 class _Reader(MimoCLI):
     """Instantiates model and data, and runs nothing."""
 
+    @override
     def _set_seed(self) -> None:
         pass
 
-    def instantiate_classes(self) -> None:
+    @override
+    def make_objects(self) -> None:
         config = self.config["fit"]
         needed = Namespace({key: config[key] for key in ("model", "data")})
         instantiated = self.parser.instantiate_classes(Namespace(subcommand="fit", fit=needed))["fit"]
         self.model, self.datamodule = instantiated["model"], instantiated["data"]
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         pass
