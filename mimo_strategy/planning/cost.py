@@ -109,7 +109,9 @@ class Layer:
     operations: float = 0.0
 
     def elements(self, layout: ModuleLayout) -> Iterator[tuple[int, bool]]:
-        """Of every tensor on a rank its elements, and whether it is one of the ``ep`` parts of the experts."""
+        """Of every tensor on a rank its elements, and whether the experts' groups share its state."""
+        # megatron-core's condition, see tensor_parallel.layers
+        experts_apart = layout.ep > 1 or layout.etp != layout.tp
         for weight in self.weights:
             if isinstance(weight, Weight):
                 yield weight.on_rank(layout), False
@@ -117,8 +119,7 @@ class Layer:
                 each = [part.on_rank(layout) for part in weight.each]
                 for _ in range(weight.number // layout.ep):
                     for elements in each:
-                        # megatron-core keeps experts apart only where ep ranks have different ones
-                        yield elements, layout.ep > 1
+                        yield elements, experts_apart
 
 
 @dataclass(frozen=True)
