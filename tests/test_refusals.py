@@ -290,3 +290,16 @@ def test_what_the_wrong_ones_are_made_of_is_right():
     for modules in VALID:
         with pytest.raises(BaseException, match="another rank starts"):
             fit(modules)
+
+
+@pytest.mark.parametrize(
+    ("modules", "num_microbatches", "encoder_batching", "named"),
+    [
+        (VALID[0], 4, 3, ("encoder_batching 3", "num_microbatches 4")),
+        (VALID[0], 4, 0, ("encoder_batching", 0)),
+        (VALID[0], 4, 2.0, ("encoder_batching", 2.0)),
+        (VALID[2], 4, 2, ("encoder_batching 2", "share the ranks of language")),
+    ],
+)
+def test_encoders_that_cannot_take_microbatches_at_once(modules, num_microbatches, encoder_batching, named):
+    refused(lambda: fit(modules, num_microbatches, 16, {"encoder_batching": encoder_batching}), *named)
