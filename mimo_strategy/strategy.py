@@ -39,6 +39,7 @@ from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.preemption import Preemption
 from mimo_strategy.registration import NAME
+from mimo_strategy.runtime.data_parallel import default_ddp_config
 from mimo_strategy.runtime.runtime import MimoRuntime, release_abandoned
 from mimo_strategy.step_batch import StepShare
 from mimo_strategy.topology import Topology
@@ -233,9 +234,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         self.model_to_device()
         module = self.lightning_module
         if self.runtime is None:
-            ddp = self._ddp or DistributedDataParallelConfig(
-                use_distributed_optimizer=True, overlap_grad_reduce=self.root_device.type == "cuda"
-            )
+            ddp = self._ddp or default_ddp_config(on_gpus=self.root_device.type == "cuda")
             self.runtime = MimoRuntime(
                 module.model,
                 self.topology,

@@ -11,6 +11,7 @@ from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Job
 from mimo_strategy.planning.machine import MACHINES, Machine, read_machine
 from mimo_strategy.planning.memory import Training
+from mimo_strategy.runtime.data_parallel import default_ddp_config
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -52,13 +53,14 @@ def read_job(options: argparse.Namespace, overrides: list[str]) -> tuple[RunConf
     except CostUnknown:
         # a model without costs has a layout all the same
         longest, items = 1, {}
+    machine = _machine(options)
     job = Job(
         run.model,
         options.batch_size or run.batch_size or 0,
         options.sequence_length or longest,
         items,
-        Training.of(run.ddp, run.precision),
-        _machine(options),
+        Training.of(run.ddp or default_ddp_config(on_gpus=machine.runs_ahead), run.precision),
+        machine,
     )
     return run, job, world_size
 

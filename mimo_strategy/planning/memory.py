@@ -46,10 +46,8 @@ class Training:
             raise ValueError(f"precision {self.precision!r} is not supported; choose one of {sorted(_ELEMENT_SIZES)}")
 
     @classmethod
-    def of(cls, ddp: Any | None, precision: str) -> Self:
-        """From megatron-core's ``DistributedDataParallelConfig``; ``None`` is the strategy's default."""
-        if ddp is None:
-            return cls(precision)
+    def of(cls, ddp: Any, precision: str) -> Self:
+        """From megatron-core's ``DistributedDataParallelConfig``."""
         return cls(
             precision,
             ddp.use_distributed_optimizer,

@@ -12,6 +12,11 @@ from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.topology import Topology
 
 
+def default_ddp_config(*, on_gpus: bool) -> DistributedDataParallelConfig:
+    """The distributed optimizer, on GPUs with gradients that are reduced during the backward."""
+    return DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=on_gpus)
+
+
 class _Float16Encoder(Float16Module):
     """``Float16Module`` whose output stays in half precision, as the bridge to the language model expects."""
 

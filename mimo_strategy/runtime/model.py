@@ -42,11 +42,13 @@ class HeteroMimoModel(MimoModel):
     Attributes:
         bridge_parts: of the microbatch that is run next, the tokens to cross the bridge from each encoder of this
             rank, see :meth:`.StepShare.bridge_parts`; ``None`` where one process has all lanes.
+        places: places for an encoder's tokens in that microbatch's ``input_ids``, on ranks of the language model.
         encoded: the tokens of that microbatch, by encoder, where a pass over several microbatches has made them.
     """
 
     def __init__(self, config: MimoModelConfig, topology: Topology, seed: int) -> None:
         self.bridge_parts: Mapping[str, list[int]] | None = None
+        self.places: Mapping[str, int] = {}
         self.encoded: Mapping[str, torch.Tensor] | None = None
         self._pipelined_alone = not config.modality_submodules_spec and topology.layout.modules[LANGUAGE].pp > 1
         self.rngs = {
@@ -182,6 +184,7 @@ class HeteroMimoModel(MimoModel):
         combined = modality_embeddings["text"]
         for name, special_token_id in special_token_ids.items():
             tokens = modality_embeddings[name]
+            self.check_tokens(name, len(tokens), self.places[name])
             places = torch.nonzero_static(input_ids.flatten() == special_token_id, size=len(tokens)).squeeze(1)
             combined = combined.index_copy(0, places, tokens)
         return combined.unflatten(0, input_ids.shape).transpose(0, 1).contiguous()

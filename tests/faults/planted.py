@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.transformer.moe import moe_utils
 from proof.cells import Cell
@@ -23,6 +22,7 @@ from mimo_strategy import ModuleParallel as P
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.runtime.loss import LossOutput
+from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.optimizer import HeteroOptimizer
 from mimo_strategy.runtime.step_sums import StepSums
 from mimo_strategy.step_batch import StepShare
@@ -208,7 +208,7 @@ def change_embeddings(patch: MonkeyPatch, change: Callable[[torch.Tensor], torch
         images = modality_embeddings["images"]
         return original(model, modality_embeddings | {"images": change(images)}, *args, **kwargs)
 
-    wrap(patch, MimoModel, "align_embeddings_by_token_positions", align)
+    wrap(patch, HeteroMimoModel, "align_embeddings_by_token_positions", align)
 
 
 @fault(SHARDS, "step 1, loss")
