@@ -103,6 +103,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         self._writer: CheckpointWriter | None = None
         self._num_nodes = 1
         self._layer_sync = None
+        self._hides_from_collector = False
         self.layout: Layout | None = None
         self.topology: Topology | None = None
         self.runtime: MimoRuntime | None = None
@@ -252,10 +253,16 @@ class MimoHeteroStrategy(ParallelStrategy):
                 trainer.callbacks.append(Preemption())
             # while no rank can have failed yet
             self._checkpoint_writer()
-            # what was built lives as long as the run; to look through it again and again would hold up the device
+            self._hide_from_collector()
+        self.setup_precision_plugin()
+
+    def _hide_from_collector(self) -> None:
+        """What was built lives as long as the run; to look through it again and again would hold up the device."""
+        # what others have hidden cannot be told from it afterwards
+        if not gc.get_freeze_count():
             gc.collect()
             gc.freeze()
-        self.setup_precision_plugin()
+            self._hides_from_collector = True
 
     @override
     def model_to_device(self) -> None:
@@ -443,7 +450,9 @@ class MimoHeteroStrategy(ParallelStrategy):
             self._watchdog.stop()
             self._watchdog = None
         self._close_writer()
-        gc.unfreeze()
+        if self._hides_from_collector:
+            gc.unfreeze()
+            self._hides_from_collector = False
         self.precision_plugin.teardown()
         self.accelerator.teardown()
 

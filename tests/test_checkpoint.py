@@ -44,7 +44,13 @@ def assert_same(ranks: list[Run], whole: Run, first: int, last: int, what: str) 
         assert rank.grad_norms == pytest.approx(whole.grad_norms[first:last], rel=1e-5), what
 
 
-@pytest.mark.parametrize("order", [list(LAYOUTS), list(LAYOUTS)[::-1]], ids=["there", "and-back"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(list(LAYOUTS), id="there"),
+        pytest.param(list(LAYOUTS)[::-1], id="and-back", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_every_step_may_be_on_another_layout(uninterrupted, tmp_path, order):
     folder, whole = uninterrupted
     start = folder / "step=1.ckpt"

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mimo_strategy.testing import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -47,14 +49,16 @@ def check_run(run: Path, layout: str) -> None:
     assert 0 <= summary["heldout_accuracy"] <= 1 and summary["train_seconds"] > 0
 
 
-def test_example_writes_what_it_promises(tmp_path):
+@pytest.mark.exhaustive
+def test_example_as_a_script(tmp_path):
     printed = run_script(str(EXAMPLE), "--max-steps", "3", "--name", "short", folder=tmp_path)
     check_run(tmp_path / "runs/short", "non_colocated")
     assert "held-out accuracy" in printed
 
 
-def test_example_colocated(tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout", ["non_colocated", "colocated"])
+def test_example_writes_what_it_promises(layout, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--layout", "colocated", "--max-steps", "3"])
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--layout", layout, "--max-steps", "3"])
     run_on_ranks(lambda: bool(runpy.run_path(str(EXAMPLE), run_name="__main__")), 4)
-    check_run(tmp_path / "runs/digits-colocated", "colocated")
+    check_run(tmp_path / f"runs/digits-{layout}", layout)

@@ -127,6 +127,7 @@ def test_a_rank_that_fails_ends_all(rank):
     assert told in results[1].output[0]
 
 
+@pytest.mark.exhaustive
 def test_a_stuck_run_tells_what_it_waits_for():
     ended = run(([sys.executable, SCRIPT], {}), rank=1, how="sleeps", watchdog=2)
     (output,) = ended.output
@@ -255,6 +256,7 @@ def test_slurm_requeues_a_job_that_one_rank_is_told_to_end(port, tmp_path):
         assert losses[1] == losses[0][2:]
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_is_told_to_terminate_ends_all_and_all_save(port, tmp_path):
     commands = ranks(port, LOCAL_RANK="{rank}", NODE_RANK="0", WORLD_SIZE="2")
     ended = run(*commands, folder=str(tmp_path), rank=1, how="gets SIGTERM", steps=50)
