@@ -53,7 +53,8 @@ class BareLoop:
         return (self._loss[0] / self._loss[1]).item()
 
     def _forward(self, microbatches: Iterator, model: torch.nn.Module) -> tuple[Any, Any]:
-        microbatch, model.bridge_parts = next(microbatches)
+        microbatch, bridge_parts = next(microbatches)
+        model.expect(microbatch, bridge_parts)
         return self._description.forward_step(microbatch), partial(self._loss_of, microbatch)
 
     def _loss_of(self, microbatch: Batch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:

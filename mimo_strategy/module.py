@@ -150,16 +150,6 @@ class MimoModule(LightningModule):
         """
         check_form(batch, self.special_token_ids)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch, but leave in host memory how many items its samples have; from pinned memory without waiting.
-
-        Raises:
-            ValueError: if the items do not fit the samples, see :func:`.step_batch.count_items`.
-        """
-        counts = self._counts(batch) if isinstance(batch, Mapping) else {}
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return {**moved, **counts} if counts else moved
-
     def forward_flops(self, name: str, batch: Batch) -> float:
         """Floating-point operations of a module's forward pass over a batch, on one device; optional.
 
@@ -234,7 +224,7 @@ class MimoModule(LightningModule):
             batch: what the loader yielded on this rank.
             backward: under ``MimoHeteroStrategy``, compute the gradients too. On one device Lightning does.
         """
-        batch = {**batch, **self._counts(batch)}
+        batch = self.count_batch(batch)
         if self.runtime is not None:
             loss = self.runtime.run_step(
                 batch, self.forward_step, self.loss_step, backward=backward, encoder_inputs=self.inputs_of_encoders
@@ -248,9 +238,15 @@ class MimoModule(LightningModule):
             balance_experts(self.model, self.build_context.topology, loss.count)
         return loss
 
-    def _counts(self, batch: Batch) -> Batch:
-        """What is not known yet of how many items samples have; checks it."""
-        return {} if is_counted(batch, self.special_token_ids) else count_items(batch, self.special_token_ids)
+    def count_batch(self, batch: Batch) -> Batch:
+        """The batch with what :func:`.step_batch.count_items` counts of it, unless it is there; checks it.
+
+        Raises:
+            ValueError: if the items do not fit the samples.
+        """
+        if is_counted(batch, self.special_token_ids):
+            return batch
+        return {**batch, **count_items(batch, self.special_token_ids)}
 
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         """As Lightning's; within :meth:`forward_step` and :meth:`loss_step` the mean over microbatches and lanes.
@@ -292,7 +288,7 @@ class MimoModule(LightningModule):
 
     def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:
         """Continue every sample's prompt; see :func:`.generation.generate` for ``settings``."""
-        batch = {**batch, **self._counts(batch)}
+        batch = self.count_batch(batch)
         return generate(self, batch, end_token_id=end_token_id, **settings)
 
     def predict(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Prediction:

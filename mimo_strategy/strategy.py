@@ -41,7 +41,7 @@ from mimo_strategy.preemption import Preemption
 from mimo_strategy.registration import NAME
 from mimo_strategy.runtime.data_parallel import default_ddp_config
 from mimo_strategy.runtime.runtime import MimoRuntime, release_abandoned
-from mimo_strategy.step_batch import StepShare
+from mimo_strategy.step_batch import StepShare, count_items
 from mimo_strategy.topology import Topology
 from mimo_strategy.watchdog import Watchdog
 
@@ -295,8 +295,11 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        self.lightning_module.check_batch(batch)
-        return super().batch_to_device(batch, device, dataloader_idx)
+        module = self.lightning_module
+        module.check_batch(batch)
+        # left in host memory, where to read them waits for no device
+        counts = count_items(batch, module.special_token_ids)
+        return {**super().batch_to_device(batch, device, dataloader_idx), **counts}
 
     # ---- checkpoints
 

@@ -16,6 +16,7 @@ from megatron.core.utils import unwrap_model
 from mimo_strategy.layout import LANGUAGE, ModuleLayout
 from mimo_strategy.runtime.colocated_bridge import ColocatedBridge
 from mimo_strategy.runtime.seeding import ModuleRng
+from mimo_strategy.step_batch import Batch, counts_key
 from mimo_strategy.topology import Topology
 
 _SEEDS_PER_MODULE = 10_000
@@ -42,13 +43,12 @@ class HeteroMimoModel(MimoModel):
     Attributes:
         bridge_parts: of the microbatch that is run next, the tokens to cross the bridge from each encoder of this
             rank, see :meth:`.StepShare.bridge_parts`; ``None`` where one process has all lanes.
-        places: places for an encoder's tokens in that microbatch's ``input_ids``, on ranks of the language model.
         encoded: the tokens of that microbatch, by encoder, where a pass over several microbatches has made them.
     """
 
     def __init__(self, config: MimoModelConfig, topology: Topology, seed: int) -> None:
         self.bridge_parts: Mapping[str, list[int]] | None = None
-        self.places: Mapping[str, int] = {}
+        self._places: Mapping[str, int] = {}
         self.encoded: Mapping[str, torch.Tensor] | None = None
         self._pipelined_alone = not config.modality_submodules_spec and topology.layout.modules[LANGUAGE].pp > 1
         self.rngs = {
@@ -87,6 +87,18 @@ class HeteroMimoModel(MimoModel):
             self.colocated_comms[name] = ColocatedBridge(
                 grids[name], grids[LANGUAGE], name, LANGUAGE, dim_mapping={"b": 0, "h": 1}
             )
+
+    def expect(self, microbatch: Batch, bridge_parts: Mapping[str, list[int]]) -> None:
+        """Tell how many tokens of the encoders are to come, before :meth:`forward`.
+
+        Args:
+            microbatch: the one that is run next, with its items counted.
+            bridge_parts: its tokens to cross the bridge, see :meth:`.StepShare.bridge_parts`.
+        """
+        self.bridge_parts = bridge_parts
+        if self.language_model is not None:
+            counts = {name: microbatch[counts_key(name)] for name in self.special_token_ids}
+            self._places = {name: counted.sum(0).tolist()[1] for name, counted in counts.items()}
 
     def forward(
         self,
@@ -184,7 +196,7 @@ class HeteroMimoModel(MimoModel):
         combined = modality_embeddings["text"]
         for name, special_token_id in special_token_ids.items():
             tokens = modality_embeddings[name]
-            self.check_tokens(name, len(tokens), self.places[name])
+            self.check_tokens(name, len(tokens), self._places[name])
             places = torch.nonzero_static(input_ids.flatten() == special_token_id, size=len(tokens)).squeeze(1)
             combined = combined.index_copy(0, places, tokens)
         return combined.unflatten(0, input_ids.shape).transpose(0, 1).contiguous()

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.optimizer import HeteroOptimizer, build_optimizer
 from mimo_strategy.runtime.schedule import Schedule, release_unused_bridges
 from mimo_strategy.runtime.step_sums import Reported, StepSums
-from mimo_strategy.step_batch import Batch, StepShare, counts_key, gather_lanes
+from mimo_strategy.step_batch import Batch, StepShare, gather_lanes
 from mimo_strategy.topology import Topology
 
 _alive: "weakref.WeakSet[MimoRuntime]" = weakref.WeakSet()
@@ -162,7 +162,8 @@ class MimoRuntime:
             return result.sum, result.count.int(), {}
 
         def forward_step(microbatches, model):
-            microbatch = self._next(microbatches)
+            microbatch, bridge_parts = next(microbatches)
+            model.expect(microbatch, bridge_parts)
             model.encoded = self._encoding.next_tokens() if self._encoding else None
             return forward(microbatch), partial(megatron_loss, microbatch)
 
@@ -183,19 +184,12 @@ class MimoRuntime:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""
 
         def forward_step(microbatches, model):
-            microbatch = self._next(microbatches)
+            microbatch, bridge_parts = next(microbatches)
+            model.expect(microbatch, bridge_parts)
             return forward(microbatch), lambda output, non_loss_data: pick(output, microbatch)
 
         self.gather_parameters()
         return self._schedule.run(forward_step, self._microbatches(batch), forward_only=True, collect_outputs=True)
-
-    def _next(self, microbatches: Iterator[Microbatch]) -> Batch:
-        """The next microbatch, for which the model is told the tokens to expect."""
-        microbatch, self.model.bridge_parts = next(microbatches)
-        if self.topology.runs(LANGUAGE):
-            names = self.model.special_token_ids
-            self.model.places = {name: int(microbatch[counts_key(name)][:, 1].sum()) for name in names}
-        return microbatch
 
     def gather_parameters(self) -> None:
         """Bring this rank's parameters up to date after an optimizer step.
