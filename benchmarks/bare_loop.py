@@ -45,6 +45,7 @@ class BareLoop:
 
     def step(self, batch: Batch) -> float:
         """Train on this rank's share of a step batch and return the loss of all ranks."""
+        batch = self._description.count_batch(batch)
         self._loss = torch.zeros(2)
         self._model.zero_grad_buffer()
         parts = self._share.bridge_parts(batch, self._model.special_token_ids)
