@@ -16,7 +16,7 @@ from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.runtime.optimizer_state import parameter_states
 from mimo_strategy.runtime.runtime import MimoRuntime
-from mimo_strategy.step_batch import Batch, count_items
+from mimo_strategy.step_batch import Batch
 from mimo_strategy.topology import Topology
 
 
@@ -81,8 +81,7 @@ def measure_costs(
         device=device,
     )
     optimizer = runtime.build_optimizer({name: OptimizerConfig(lr=1e-6) for name in layout.modules})
-    batch = make_batch(batch_size // runtime.share.num_lanes)
-    batch |= count_items(batch, model.special_token_ids)
+    batch = model.count_batch(make_batch(batch_size // runtime.share.num_lanes))
 
     def step() -> float:
         dist.barrier()
