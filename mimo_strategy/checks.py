@@ -51,6 +51,7 @@ def check_arguments(
     modules: Any,
     num_microbatches: Any,
     encoder_batching: Any,
+    encoder_ahead: Any,
     ddp: Any,
     timeout: Any,
     watchdog: Any,
@@ -62,11 +63,15 @@ def check_arguments(
         TypeError: for a value of the wrong type.
         ValueError: for a value out of range.
     """
-    for name, number in (("num_microbatches", num_microbatches), ("encoder_batching", encoder_batching)):
+    for name, number, least in (
+        ("num_microbatches", num_microbatches, 1),
+        ("encoder_batching", encoder_batching, 1),
+        ("encoder_ahead", encoder_ahead, 0),
+    ):
         if type(number) is not int:
             raise TypeError(f"{name} must be a whole number, got {number!r}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
     if num_microbatches % encoder_batching:
         raise ValueError(f"encoder_batching {encoder_batching} does not divide num_microbatches {num_microbatches}")
     if modules is not None and not isinstance(modules, Mapping):
@@ -153,16 +158,18 @@ def check_module(module: LightningModule) -> None:
         )
 
 
-def check_encoder_batching(layout: Layout, encoder_batching: int) -> None:
-    """Check that encoders can take several microbatches at once.
+def check_encoder_scheduling(layout: Layout, encoder_batching: int, encoder_ahead: int) -> None:
+    """Check that encoders can take several microbatches at once, or run ahead.
 
     Raises:
-        LayoutError: if they are not colocated with the language model.
+        LayoutError: if they are not colocated with the language model, or have no ranks of their own.
     """
     if encoder_batching > 1 and (layout.placement is not Placement.COLOCATED or len(layout.modules) == 1):
         raise LayoutError(
             f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
         )
+    if encoder_ahead and layout.placement is not Placement.NON_COLOCATED:
+        raise LayoutError(f"encoder_ahead {encoder_ahead} is for encoders on other ranks than {LANGUAGE}: leave it 0")
 
 
 def check_data(layout: Layout, num_microbatches: int, *sources: Any) -> None:

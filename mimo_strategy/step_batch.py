@@ -46,8 +46,7 @@ class StepShare:
             if rank in module.ranks
         }
         self.lane, self.num_lanes = min(self._lanes.values(), key=lambda lane: lane[1])
-        self._language_dp = layout.modules[LANGUAGE].dp
-        self._most_lanes = max(module.dp for module in layout.modules.values())
+        self._dp = {name: module.dp for name, module in layout.modules.items()}
         self.encoders = [name for name in layout.modules if name != LANGUAGE]
         self._num_microbatches = num_microbatches
 
@@ -65,7 +64,7 @@ class StepShare:
             ValueError: if the samples cannot be cut evenly.
         """
         num_samples = len(batch["input_ids"])
-        parts = self._num_microbatches * self._most_lanes // self.num_lanes
+        parts = self._num_microbatches * max(self._dp.values()) // self.num_lanes
         if num_samples == 0 or num_samples % parts:
             raise ValueError(
                 f"this rank's {num_samples} samples of the step batch cannot be cut into {parts} equal parts "
@@ -83,31 +82,31 @@ class StepShare:
         On ranks that do not run the language model: as many zeros as a lane has rows.
         """
         if LANGUAGE not in self._lanes:
-            return values.new_zeros((len(values) * self.num_lanes // self._language_dp, *values.shape[1:]))
+            return values.new_zeros((len(values) * self.num_lanes // self._dp[LANGUAGE], *values.shape[1:]))
         lane, dp = self._lanes[LANGUAGE]
         lanes_loaded = dp // self.num_lanes
         return values.unflatten(0, (self._num_microbatches, lanes_loaded, -1))[:, lane % lanes_loaded].flatten(0, 1)
 
     def bridge_parts(self, batch: Batch, special_token_ids: Mapping[str, int]) -> list[dict[str, list[int]]]:
-        """How many tokens each encoder of this rank exchanges with the language model, counted in ``input_ids``.
+        """How many tokens this rank's encoders and its language model exchange, counted in ``input_ids``.
 
         Each lane of the module with fewer lanes is bridged to several of the other's. In parts: the tokens of these.
-        A rank that runs the encoder only, and is one of several that feed a lane of the language model, knows its own.
+        A rank that runs only the module with more lanes has one part, its own.
 
         Args:
             batch: what this rank loaded; where it has been counted, the counts are taken.
             special_token_ids: by encoder, the token that holds the place of its tokens.
 
         Returns:
-            By microbatch and encoder, the number of tokens of each part.
+            By microbatch and encoder that this rank runs or feeds on, the number of tokens of each part.
         """
         microbatches: list[dict[str, list[int]]] = [{} for _ in range(self._num_microbatches)]
         for name in self.encoders:
-            if name not in self._lanes:
-                continue
             sides = [self._lanes[side] for side in (name, LANGUAGE) if side in self._lanes]
+            if not sides:
+                continue
             lane, dp = min(sides, key=lambda side: side[1])
-            num_parts = max(self._lanes[name][1], self._language_dp) // dp
+            num_parts = max(self._dp[name], self._dp[LANGUAGE]) // dp
             lanes_loaded = dp // self.num_lanes
             counts = batch.get(counts_key(name))
             places = count_places(batch["input_ids"], special_token_ids[name]) if counts is None else counts[:, 1]

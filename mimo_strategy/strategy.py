@@ -29,7 +29,7 @@ from mimo_strategy.callbacks.summary import show_all_modules
 from mimo_strategy.checkpoint.directory import newest_whole, remove
 from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
-from mimo_strategy.checks import check_arguments, check_data, check_encoder_batching, check_module, check_trainer
+from mimo_strategy.checks import check_arguments, check_data, check_encoder_scheduling, check_module, check_trainer
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
@@ -65,6 +65,9 @@ class MimoHeteroStrategy(ParallelStrategy):
         encoder_batching: microbatches that encoders which share the ranks of the language model take at once in
             training: fewer and larger kernels, and gradients are returned once. Their activations are kept for as
             many microbatches. It divides ``num_microbatches``; 1 is one by one.
+        encoder_ahead: microbatches that encoders on ranks of their own run ahead of the language model in training,
+            beyond the warm-up of 1F1B, so that they wait less for gradients. Their activations are kept for as many
+            microbatches more.
         timeout: for collectives; a rank that waits longer raises.
         watchdog: after this time without progress, print which step, collective and ranks the run waits for;
             ``None`` never does.
@@ -84,16 +87,20 @@ class MimoHeteroStrategy(ParallelStrategy):
         num_microbatches: int = 1,
         ddp: DistributedDataParallelConfig | None = None,
         encoder_batching: int = 1,
+        encoder_ahead: int = 0,
         timeout: timedelta = DEFAULT_TIMEOUT,
         watchdog: timedelta | None = None,
         async_save: bool = False,
         on_save_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        check_arguments(modules, num_microbatches, encoder_batching, ddp, timeout, watchdog, on_save_failure)
+        check_arguments(
+            modules, num_microbatches, encoder_batching, encoder_ahead, ddp, timeout, watchdog, on_save_failure
+        )
         self._modules = modules
         self._num_microbatches = num_microbatches
         self._encoder_batching = encoder_batching
+        self._encoder_ahead = encoder_ahead
         self._ddp = ddp
         self._timeout = timeout
         self._patience = watchdog
@@ -164,7 +171,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         check_trainer(trainer)
         check_module(model)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
-        check_encoder_batching(self.layout, self._encoder_batching)
+        check_encoder_scheduling(self.layout, self._encoder_batching, self._encoder_ahead)
         check_data(self.layout, self._num_microbatches, *data)
 
     @override
@@ -215,6 +222,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             self.topology = runtime.topology
             runtime.num_microbatches = self._num_microbatches
             runtime.encoder_batching = self._encoder_batching
+            runtime.encoder_ahead = self._encoder_ahead
 
     # ---- model and optimizer
 
@@ -244,6 +252,7 @@ class MimoHeteroStrategy(ParallelStrategy):
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,
                 encoder_batching=self._encoder_batching,
+                encoder_ahead=self._encoder_ahead,
             )
             module.runtime = self.runtime
         if trainer.state.fn == TrainerFn.FITTING:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from datamodules import MockImageDataModule, collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
+from mimo_strategy.runtime.pipeline_bridge import PipelineBridge
 from mimo_strategy.testing import RankError, Reference, Tolerances, run_on_ranks
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
@@ -96,30 +97,34 @@ LAYOUTS = {
     "fan-out": ({"images": P(tp=2, dp=2), "language": P(dp=4, ep=2)}, 4),
     "dp2+dp1": ({"images": P(dp=2), "language": P(dp=1, rank_offset=2)}, 3),
     "dp4+dp2": ({"images": P(dp=4), "language": P(dp=2, rank_offset=4)}, 6),
+    "dp1+dp2": ({"images": P(dp=1), "language": P(dp=2, rank_offset=1)}, 3),
     "dp2+pp2": ({"images": P(dp=2), "language": P(pp=2, dp=1, rank_offset=2)}, 4),
 }
 
 
 @pytest.mark.parametrize(
-    ("layout", "num_microbatches", "ddp", "encoder_batching"),
+    ("layout", "num_microbatches", "ddp", "scheduling"),
     [
-        ("equal", 1, OVERLAPPED, 1),
-        ("equal", 4, OVERLAPPED, 2),
-        pytest.param("fan-in", 2, OVERLAPPED, 1, marks=pytest.mark.exhaustive),
-        ("fan-in", 4, PLAIN, 4),
-        ("fan-out", 2, None, 2),
-        ("dp2+dp1", 1, PLAIN, 1),
-        pytest.param("dp4+dp2", 2, OVERLAPPED, 1, marks=pytest.mark.exhaustive),
-        ("dp2+pp2", 4, None, 1),
+        ("equal", 1, OVERLAPPED, {}),
+        ("equal", 4, OVERLAPPED, {"encoder_batching": 2}),
+        pytest.param("fan-in", 2, OVERLAPPED, {}, marks=pytest.mark.exhaustive),
+        ("fan-in", 4, PLAIN, {"encoder_batching": 4}),
+        ("fan-out", 2, None, {"encoder_batching": 2}),
+        ("dp2+dp1", 1, PLAIN, {}),
+        ("dp2+dp1", 4, OVERLAPPED, {"encoder_ahead": 1}),
+        ("dp1+dp2", 4, None, {"encoder_ahead": 9}),
+        pytest.param("dp4+dp2", 2, OVERLAPPED, {}, marks=pytest.mark.exhaustive),
+        ("dp2+pp2", 4, None, {}),
+        ("dp2+pp2", 8, None, {"encoder_ahead": 2}),
     ],
     ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
 )
 def test_training_is_that_of_one_process(
-    require_ranks, reference, tolerances, layout, num_microbatches, ddp, encoder_batching
+    require_ranks, reference, tolerances, layout, num_microbatches, ddp, scheduling
 ):
     modules, world_size = LAYOUTS[layout]
     require_ranks(world_size)
-    strategy = MimoHeteroStrategy(modules, num_microbatches, ddp=ddp, encoder_batching=encoder_batching)
+    strategy = MimoHeteroStrategy(modules, num_microbatches, ddp=ddp, **scheduling)
     reference.assert_alike(strategy, world_size, tolerances=tolerances)
 
 
@@ -134,6 +139,63 @@ def test_an_encoder_runs_once_for_the_microbatches_that_it_takes_at_once():
 
     halves = [sum(NUM_IMAGES[0][:8]), sum(NUM_IMAGES[0][8:])]
     assert run_on_ranks(count, 1) == [halves]
+
+
+@pytest.mark.parametrize(("encoder_ahead", "warm_up"), [(0, 2), (1, 3), (9, 4)])
+def test_an_encoder_on_ranks_of_its_own_runs_ahead(encoder_ahead, warm_up):
+    def order():
+        events = []
+        receive = PipelineBridge._recv_gradient
+        PipelineBridge._recv_gradient = lambda bridge, *args: events.append("gradient") or receive(bridge, *args)
+        module = make_module()
+        module.encoder_inputs = lambda name, items: (
+            events.append("forward") or NemotronVLM.encoder_inputs(module, name, items)
+        )
+        modules = {"images": P(dp=1), "language": P(dp=1, rank_offset=1)}
+        fit(module, MimoHeteroStrategy(modules, 4, encoder_ahead=encoder_ahead), make_data(), max_steps=1)
+        return events
+
+    events = run_on_ranks(order, 2)[0]
+    assert events.count("forward") == events.count("gradient") == 4
+    assert events.index("gradient") == warm_up
+
+
+def test_only_tokens_and_gradients_cross_the_bridge_and_how_many_they_are():
+    def count():
+        sizes = []
+        exchange = torch.distributed.batch_isend_irecv
+
+        def listen(operations):
+            sizes.extend(len(operation.tensor) for operation in operations)
+            return exchange(operations)
+
+        torch.distributed.batch_isend_irecv = listen
+        fit(make_module(), MimoHeteroStrategy(LAYOUTS["dp2+dp1"][0], 2), make_data(), max_steps=1)
+        return sizes
+
+    tokens = [RadioConfig.tiny().tokens_per_image * sum(NUM_IMAGES[0][start : start + 4]) for start in range(0, 16, 4)]
+    # 2 microbatches, and each lane of the encoder takes half of the samples of each
+    lanes = [tokens[0], tokens[2]], [tokens[1], tokens[3]]
+    *encoders, language = (sorted(sizes) for sizes in run_on_ranks(count, 3))
+    for sizes, lane in zip(encoders, lanes, strict=True):
+        assert sizes == sorted([2, *lane, *lane])
+    assert language == sorted([2, 2, *tokens, *tokens])
+
+
+def test_an_encoder_that_got_other_samples_than_the_language_model_ends_all_ranks():
+    def train():
+        samples = make_samples(NUM_IMAGES[:1])
+        if torch.distributed.get_rank() == 1:
+            samples = samples[::-1]
+        fit(
+            make_module(),
+            MimoHeteroStrategy(LAYOUTS["dp2+dp1"][0], 2),
+            DataLoader(samples, BATCH_SIZE, collate_fn=collate),
+            max_steps=1,
+        )
+
+    with pytest.raises(RankError, match=r"rank 1 is to send \[.*\] images tokens .* every rank must get the same"):
+        run_on_ranks(train, 3)
 
 
 class TwoEncoders(NemotronVLM):

@@ -293,13 +293,16 @@ def test_what_the_wrong_ones_are_made_of_is_right():
 
 
 @pytest.mark.parametrize(
-    ("modules", "num_microbatches", "encoder_batching", "named"),
+    ("modules", "scheduling", "named"),
     [
-        (VALID[0], 4, 3, ("encoder_batching 3", "num_microbatches 4")),
-        (VALID[0], 4, 0, ("encoder_batching", 0)),
-        (VALID[0], 4, 2.0, ("encoder_batching", 2.0)),
-        (VALID[2], 4, 2, ("encoder_batching 2", "share the ranks of language")),
+        (VALID[0], {"encoder_batching": 3}, ("encoder_batching 3", "num_microbatches 4")),
+        (VALID[0], {"encoder_batching": 0}, ("encoder_batching", 0)),
+        (VALID[0], {"encoder_batching": 2.0}, ("encoder_batching", 2.0)),
+        (VALID[2], {"encoder_batching": 2}, ("encoder_batching 2", "share the ranks of language")),
+        (VALID[2], {"encoder_ahead": -1}, ("encoder_ahead", -1)),
+        (VALID[2], {"encoder_ahead": 1.0}, ("encoder_ahead", 1.0)),
+        (VALID[0], {"encoder_ahead": 1}, ("encoder_ahead 1", "on other ranks than language")),
     ],
 )
-def test_encoders_that_cannot_take_microbatches_at_once(modules, num_microbatches, encoder_batching, named):
-    refused(lambda: fit(modules, num_microbatches, 16, {"encoder_batching": encoder_batching}), *named)
+def test_schedules_that_encoders_cannot_have(modules, scheduling, named):
+    refused(lambda: fit(modules, 4, 16, scheduling), *named)

@@ -188,7 +188,9 @@ def test_bridged_lanes_agree_on_the_tokens_that_they_exchange(layout, num_microb
         counted = share.bridge_parts(batch, token_ids)
         assert len(counted) == num_microbatches
         for microbatch, parts in enumerate(counted):
-            assert parts.keys() == {name for name in encoders if rank in layout.modules[name].ranks}
+            assert parts.keys() == {
+                name for name in encoders if rank in (*layout.modules[name].ranks, *layout.modules[LANGUAGE].ranks)
+            }
             for name in parts:
                 sides = {side: layout.modules[side] for side in (name, LANGUAGE)}
                 known = max(

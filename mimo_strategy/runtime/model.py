@@ -166,11 +166,7 @@ class HeteroMimoModel(MimoModel):
             return tokens
         self.check_tokens(name, len(tokens), self.num_encoder_tokens(name, self.bridge_parts))
         parts = self.bridge_parts[name]
-        if name in self.colocated_comms:
-            return self.colocated_comms[name].communicate(tokens, parts)
-        # megatron-core's bridge looks for it where it sends to several lanes
-        tokens._mimo_bridge_split_sizes = parts
-        return tokens
+        return self.colocated_comms[name].communicate(tokens, parts) if name in self.colocated_comms else tokens
 
     def get_text_embeddings(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, special_token_ids: Mapping[str, int]

@@ -49,6 +49,8 @@ class MimoRuntime:
         device: device of this rank.
         encoder_batching: microbatches that colocated encoders take at once in training, see
             :class:`.EncoderBatching`; 1 is as they run.
+        encoder_ahead: microbatches that encoders on ranks of their own run ahead in training, beyond the warm-up of
+            1F1B.
 
     Attributes:
         sums: what callbacks may add to, to be reduced with the loss of the next step.
@@ -66,10 +68,12 @@ class MimoRuntime:
         dtype: torch.dtype,
         device: torch.device,
         encoder_batching: int = 1,
+        encoder_ahead: int = 0,
     ) -> None:
         self.model = model
         self.topology = topology
         self.encoder_batching = encoder_batching
+        self.encoder_ahead = encoder_ahead
         self.num_microbatches = num_microbatches
         self._ddp_config = ddp_config
         self._dtype = dtype
@@ -172,7 +176,12 @@ class MimoRuntime:
             self._encoding = EncoderBatching(self.model, microbatches, self.encoder_batching, encoder_inputs)
         self.in_schedule = True
         try:
-            self._schedule.run(forward_step, microbatches, forward_only=not backward)
+            self._schedule.run(
+                forward_step,
+                microbatches,
+                forward_only=not backward,
+                encoder_ahead=self.encoder_ahead if backward else 0,
+            )
         finally:
             self.in_schedule = False
             self._encoding = self.model.encoded = None

@@ -55,22 +55,24 @@ class Schedule:
         *,
         forward_only: bool = False,
         collect_outputs: bool = False,
+        encoder_ahead: int = 0,
     ) -> list:
         """Run all microbatches; collective over the world.
 
         Args:
             forward_step: takes an iterator over microbatches and the model; returns an output and a function of
                 it, as megatron-core's schedules define.
-            microbatches: this rank's, the same number on every rank.
+            microbatches: this rank's, each with its tokens to cross the bridge; the same number on every rank.
             forward_only: no backward passes.
             collect_outputs: call the function of an output with ``non_loss_data=True`` and collect what it returns.
+            encoder_ahead: microbatches that encoders on ranks of their own run ahead beyond the warm-up of 1F1B.
 
         Returns:
             What the function returned for each microbatch, on the last stage; elsewhere an empty list.
         """
         if self.is_pipelined:
-            self._communicator.begin_step()
-        return self._forward_backward(
+            self._communicator.begin_step([bridge_parts for _, bridge_parts in microbatches], encoder_ahead)
+        results = self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iter(microbatches),
             model=self._model,
@@ -81,6 +83,9 @@ class Schedule:
             forward_only=forward_only,
             collect_non_loss_data=collect_outputs,
         )
+        if self.is_pipelined:
+            self._communicator.end_step()
+        return results
 
     def destroy(self) -> None:
         """Give up the groups of the bridges, which megatron-core keeps by class, for all schedules alike."""
