@@ -1,7 +1,7 @@
 """Give each rank its share of every step batch of a loader."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -139,6 +139,11 @@ def _collate_marked(collate, marked: list[tuple[Any, bool]]) -> dict[str, Any]:
     return {**collate(list(samples)), "is_padding": torch.tensor(is_padding)}
 
 
+def _collate_without(collate, names: Sequence[str], samples: list[Any]) -> Any:
+    batch = collate(samples)
+    return {key: batch[key] for key in batch if key not in names} if isinstance(batch, Mapping) else batch
+
+
 class ShareDataLoader(DataLoader):
     """Knows how many step batches of an epoch it has served, so that a checkpoint within the epoch can be continued.
 
@@ -240,7 +245,8 @@ class _ShareOfBatch:
         batch_size = max(num_real, self._batch_size)
         self._check(batch_size)
         positions = self._share.positions(batch_size)
-        taken = _take_samples(batch, [position % num_real for position in positions], self._share.encoders)
+        own = {name: batch[name] for name in batch if name not in self._share.elsewhere}
+        taken = _take_samples(own, [position % num_real for position in positions], self._share.encoders)
         if self._pad_last:
             taken["is_padding"] = torch.tensor([position >= num_real for position in positions])
         return taken
@@ -273,7 +279,8 @@ def share_dataloader(
 
     Of a map-style data set, a rank loads its samples only. A stream (``IterableDataset``) must be the same on every
     rank, which passes over the samples of others. A loader that has a state of its own, batches in its own way or is
-    no ``DataLoader`` serves whole step batches on every rank, which cuts out its share.
+    no ``DataLoader`` serves whole step batches on every rank, which cuts out its share. Items of encoders that a rank
+    does not run are left out.
 
     In training an incomplete last step batch is dropped. Elsewhere it is padded, unless the loader drops it, and
     batches get a key ``is_padding`` ``[samples]``.
@@ -299,7 +306,12 @@ def share_dataloader(
     pad_last &= not dataloader.drop_last
     batch_size, sampler = _global_order(dataloader)
     check(batch_size)
-    collate = partial(_collate_marked, dataloader.collate_fn) if pad_last else dataloader.collate_fn
+    collate = dataloader.collate_fn
+    if share.elsewhere:
+        # here, as workers and pinned memory are spared them then
+        collate = partial(_collate_without, collate, share.elsewhere)
+    if pad_last:
+        collate = partial(_collate_marked, collate)
     settings = {
         "collate_fn": collate,
         "num_workers": dataloader.num_workers,

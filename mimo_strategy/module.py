@@ -49,7 +49,8 @@ class MimoModule(LightningModule):
 
     A batch holds ``input_ids``, ``labels`` and ``loss_mask`` ``[samples, sequence]`` and, for an encoder named
     ``images``, ``images`` with the items of all samples and ``num_images`` ``[samples]``. Samples may have any number
-    of items, and a batch none: ``images`` then has length 0.
+    of items, and a batch none: ``images`` then has length 0. Ranks that do not run an encoder get batches without its
+    items.
 
     To freeze parameters, do so when they are built. Names tell the encoder (``.encoders.``) from its projector
     (``.input_projections.``) and from the language model (``language_model.``), whichever of them a rank runs::
@@ -246,7 +247,8 @@ class MimoModule(LightningModule):
         """
         if is_counted(batch, self.special_token_ids):
             return batch
-        return {**batch, **count_items(batch, self.special_token_ids)}
+        elsewhere = () if self.runtime is None else self.runtime.share.elsewhere
+        return {**batch, **count_items(batch, self.special_token_ids, elsewhere)}
 
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         """As Lightning's; within :meth:`forward_step` and :meth:`loss_step` the mean over microbatches and lanes.

@@ -10,7 +10,7 @@ data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a mic
 concatenate and split lanes in that order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class StepShare:
         lane: which part of a microbatch the rank loads.
         num_lanes: parts of a microbatch.
         encoders: names of the encoder modules.
+        elsewhere: those of them that other ranks run, whose items this rank needs not.
     """
 
     def __init__(self, layout: Layout, rank: int, num_microbatches: int) -> None:
@@ -48,6 +49,7 @@ class StepShare:
         self.lane, self.num_lanes = min(self._lanes.values(), key=lambda lane: lane[1])
         self._dp = {name: module.dp for name, module in layout.modules.items()}
         self.encoders = [name for name in layout.modules if name != LANGUAGE]
+        self.elsewhere = [name for name in self.encoders if name not in self._lanes]
         self._num_microbatches = num_microbatches
 
     def positions(self, batch_size: int) -> list[int]:
@@ -169,7 +171,7 @@ def counts_key(encoder: str) -> str:
     return f"{encoder}_counts"
 
 
-def count_items(batch: Batch, special_token_ids: Mapping[str, int]) -> Batch:
+def count_items(batch: Batch, special_token_ids: Mapping[str, int], elsewhere: Collection[str] = ()) -> Batch:
     """Count each encoder's items and the places for their tokens, and check that they fit.
 
     Whether the places are as many as the items' tokens, only the encoder can tell.
@@ -177,6 +179,7 @@ def count_items(batch: Batch, special_token_ids: Mapping[str, int]) -> Batch:
     Args:
         batch: what a rank loaded; in host memory this waits for no device.
         special_token_ids: by encoder, the token that holds the place of its tokens.
+        elsewhere: encoders whose items this rank may be without.
 
     Returns:
         For an encoder ``images``, under ``images_counts``, the items and the places of each sample, ``[samples, 2]``
@@ -189,7 +192,7 @@ def count_items(batch: Batch, special_token_ids: Mapping[str, int]) -> Batch:
     counted = {}
     for name, special_token_id in special_token_ids.items():
         for key in (name, f"num_{name}"):
-            if key not in batch:
+            if key not in batch and key not in elsewhere:
                 raise ValueError(
                     f"the batch has no {key}, only {sorted(batch)}; also where no sample has any, {name} must hold 0 "
                     f"items and num_{name} a 0 for each sample"
@@ -200,7 +203,7 @@ def count_items(batch: Batch, special_token_ids: Mapping[str, int]) -> Batch:
             raise ValueError(f"num_{name} has shape {list(items.shape)}, but the batch has {len(places)} samples")
         counts = torch.stack([items.to(places), places], dim=1).cpu()
         num_items = int(counts[:, 0].sum())
-        if num_items != len(batch[name]):
+        if name in batch and num_items != len(batch[name]):
             raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {num_items}")
         for sample, (count, found) in enumerate(counts.tolist()):
             if bool(count) != bool(found):

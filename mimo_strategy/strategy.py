@@ -307,7 +307,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         module = self.lightning_module
         module.check_batch(batch)
         # left in host memory, where to read them waits for no device
-        counts = count_items(batch, module.special_token_ids)
+        counts = count_items(batch, module.special_token_ids, self.runtime.share.elsewhere)
         return {**super().batch_to_device(batch, device, dataloader_idx), **counts}
 
     # ---- checkpoints

@@ -296,7 +296,8 @@ def test_a_shell_completes_verbs_options_and_classes(tmp_path, capsys):
 def test_every_sample_is_written_by_one_rank(images, language, num_microbatches):
     sizes = read_run(["--config", DIGITS]).model.module_sizes()
     layout = Layout.resolve(sizes, 4, {"images": images, "language": language})
-    written = [written_positions(layout, rank, num_microbatches, 16) for rank in range(4)]
+    written = [written_positions(layout, "images", rank, num_microbatches, 16) for rank in range(4)]
+    assert all(rank in layout.modules["images"].ranks for rank, positions in enumerate(written) if positions)
     assert sorted(position for positions in written for position in positions) == list(range(16))
 
 

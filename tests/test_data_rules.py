@@ -20,18 +20,20 @@ from mimo_strategy.testing import RankError, run_on_ranks
 
 BATCH = 8
 RANKS = range(4)
-LAYOUT = Layout.resolve(vision_language().module_sizes(), 4, {"images": P(tp=2, dp=2), "language": P(tp=2, dp=2)})
+SIZES = vision_language().module_sizes()
+LAYOUT = Layout.resolve(SIZES, 4, {"images": P(tp=2, dp=2), "language": P(tp=2, dp=2)})
+APART = Layout.resolve(SIZES, 4, {"images": P(dp=2), "language": P(dp=2, rank_offset=2)})
 
 
-def share(loader: Any, rank: int, train: bool = True) -> Any:
+def share(loader: Any, rank: int, train: bool = True, layout: Layout = LAYOUT) -> Any:
     """The loader of one rank of four; ranks of different default generators."""
     torch.manual_seed(rank)
     return share_dataloader(
         loader,
-        StepShare(LAYOUT, rank, num_microbatches=2),
+        StepShare(layout, rank, num_microbatches=2),
         train=train,
         seed_workers=True,
-        check=partial(LAYOUT.check_batch, num_microbatches=2),
+        check=partial(layout.check_batch, num_microbatches=2),
         agree=lambda has_batch, num_served: None,
     )
 
@@ -105,6 +107,15 @@ def test_every_kind_of_loader_gives_each_lane_its_part_of_each_microbatch(kind):
         assert ids(loader) == [first, [BATCH + index for index in first]], rank
         (images, *_) = (batch["images"] for batch in loader)
         assert torch.equal(images, collate([samples(19)[index] for index in first])["images"])
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_run_no_encoder_load_no_images(kind, train):
+    for rank in RANKS:
+        for batch in share(KINDS[kind](16), rank, train=train, layout=APART):
+            assert ("images" in batch) == (rank < 2)
+            assert len(batch["num_images"]) == len(batch["input_ids"]) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -174,7 +174,8 @@ class SeesSamples(NemotronVLM):
 
     def forward(self, batch, *, labels=None):
         self.seen["language"].append(batch["sample_id"].tolist())
-        self.seen["images"].append(batch["images"][:, 0, 0, 0].int().tolist())
+        if "images" in batch:
+            self.seen["images"].append(batch["images"][:, 0, 0, 0].int().tolist())
         return super().forward(batch, labels=labels)
 
 

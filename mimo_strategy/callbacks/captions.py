@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mimo_strategy.layout import Layout
+from mimo_strategy.layout import LANGUAGE, Layout
 from mimo_strategy.module import MimoModule
 from mimo_strategy.prediction import Decodes, Prediction, find_decoder
 from mimo_strategy.runtime.runtime import MimoRuntime
@@ -97,7 +97,7 @@ class CaptionWriter(Callback):
         if runtime is None:
             return list(range(num_rows))
         topology, batch_size = runtime.topology, num_rows * runtime.share.num_lanes
-        return written_positions(topology.layout, topology.rank, runtime.num_microbatches, batch_size)
+        return written_positions(topology.layout, self._encoder, topology.rank, runtime.num_microbatches, batch_size)
 
     def _write_images(
         self, position: int, sample: Batch, prefix: str, module: MimoModule, decoder: Decodes | None
@@ -151,17 +151,18 @@ class CaptionWriter(Callback):
         draw_captions(samples).savefig(self._folder / "captions.png")
 
 
-def written_positions(layout: Layout, rank: int, num_microbatches: int, batch_size: int) -> list[int]:
+def written_positions(layout: Layout, encoder: str, rank: int, num_microbatches: int, batch_size: int) -> list[int]:
     """Positions in a step batch of the samples whose images ``rank`` writes: all that it loaded, or none.
 
-    Ranks load the same samples as others of their lane; the first of each lane writes them.
+    Ranks that run the encoder load images; those of a lane load the same ones, and the first of them writes them.
     """
-    shares = [StepShare(layout, other, num_microbatches) for other in range(layout.world_size)]
-    lanes = [(share.lane, share.num_lanes) for share in shares]
-    # of modules with different numbers of lanes, those of the language model's
-    if shares[rank].num_lanes != shares[layout.loss_rank].num_lanes or lanes.index(lanes[rank]) != rank:
+    ranks = layout.modules.get(encoder, layout.modules[LANGUAGE]).ranks
+    first_of_lane: dict[int, int] = {}
+    for other in ranks:
+        first_of_lane.setdefault(StepShare(layout, other, num_microbatches).lane, other)
+    if rank not in first_of_lane.values():
         return []
-    return shares[rank].positions(batch_size)
+    return StepShare(layout, rank, num_microbatches).positions(batch_size)
 
 
 def _decode(tokens: list[int], decoder: Decodes | None) -> str:
