@@ -52,8 +52,8 @@ class PipelineBridge(BridgeCommunicator):
         if self._role is not CommRole.MEMBER:
             self._peers = info.send_to_ranks if self._role is CommRole.SENDER else info.recv_from_ranks
         self._arriving: deque[_Arriving] = deque()
-        # kept until they have arrived
-        self._leaving: deque[tuple[list[dist.Work], list[torch.Tensor]]] = deque()
+        # they hold what is sent until it has arrived
+        self._leaving: deque[list[dist.Work]] = deque()
 
     def begin_step(self, parts: list[Parts], ahead: int) -> None:
         """Tell what is to cross; forgets what an earlier step left, which was forward only or failed.
@@ -77,8 +77,7 @@ class PipelineBridge(BridgeCommunicator):
     def end_step(self) -> None:
         """Let go of what was sent."""
         while self._leaving:
-            works, _ = self._leaving.popleft()
-            _wait(works)
+            _wait(self._leaving.popleft())
 
     @override
     def send_forward(self, tensor_to_send: torch.Tensor) -> None:
@@ -130,7 +129,11 @@ class PipelineBridge(BridgeCommunicator):
         return list(rows.detach().contiguous().split(cut)) if self._peers else []
 
     def _exchange(self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> list[dist.Work]:
-        """Start to send a tensor to each peer and to receive one from each, empty ones left out."""
+        """Start to send a tensor to each peer and to receive one from each, empty ones left out.
+
+        Returns:
+            What to wait for, once, before what comes in is read.
+        """
         directions = ((dist.isend, outgoing), (dist.irecv, incoming))
         operations = [
             dist.P2POp(start, tensor, peer, self.bridge_pg)
@@ -139,9 +142,9 @@ class PipelineBridge(BridgeCommunicator):
             if tensor.numel()
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
-        if outgoing:
-            self._leaving.append((works, outgoing))
-        while self._leaving and all(work.is_completed() for work in self._leaving[0][0]):
+        if not incoming:
+            self._leaving.append(works)
+        while self._leaving and all(work.is_completed() for work in self._leaving[0]):
             self._leaving.popleft()
         return works
 
