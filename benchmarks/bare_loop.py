@@ -15,7 +15,7 @@ from mimo_strategy.runtime.gradients import finalize_gradients
 from mimo_strategy.runtime.model import build_model
 from mimo_strategy.runtime.optimizer import build_optimizer
 from mimo_strategy.runtime.schedule import Schedule
-from mimo_strategy.step_batch import Batch, StepShare
+from mimo_strategy.step_batch import Batch, StepShare, count_items
 from mimo_strategy.topology import Topology
 
 
@@ -45,10 +45,11 @@ class BareLoop:
 
     def step(self, batch: Batch) -> float:
         """Train on this rank's share of a step batch and return the loss of all ranks."""
-        batch = self._description.count_batch(batch)
+        token_ids = self._description.special_token_ids
+        batch = {**batch, **count_items(batch, token_ids, self._share.elsewhere)}
         self._loss = torch.zeros(2)
         self._model.zero_grad_buffer()
-        parts = self._share.bridge_parts(batch, self._model.special_token_ids)
+        parts = self._share.bridge_parts(batch, token_ids)
         self._schedule.run(self._forward, list(zip(self._share.microbatches(batch), parts, strict=True)))
         self._optimizer.step()
         return (self._loss[0] / self._loss[1]).item()
