@@ -61,7 +61,7 @@ def check_tokens(batch: Mapping[str, torch.Tensor], vocab_size: int, max_sequenc
         ids["labels"] = batch["labels"][batch["loss_mask"] > 0]
     for name, values in ids.items():
         if values.numel():
-            for value in (int(values.min()), int(values.max())):
+            for value in map(int, values.aminmax()):
                 if not 0 <= value < vocab_size:
                     raise ValueError(f"{name} holds the id {value}, the vocabulary has the ids 0 to {vocab_size - 1}")
 

@@ -282,10 +282,10 @@ class MimoModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if isinstance(optimizer, ModuleOptimizer):
-            # the step has been counted
-            details = self.trainer.global_step % self.trainer.log_every_n_steps == 0
-            for name, value in optimizer.last_step(details=details).items():
+        # the step has been counted
+        is_logged = self.trainer.global_step % self.trainer.log_every_n_steps == 0
+        if is_logged and isinstance(optimizer, ModuleOptimizer):
+            for name, value in optimizer.last_step().items():
                 self.log(name, value, batch_size=1)
 
     def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:

@@ -88,17 +88,16 @@ class ModuleOptimizer(torch.optim.Optimizer):
         if self.megatron_optimizer.grad_scaler is not None and "grad_scaler" in settings:
             self.megatron_optimizer.grad_scaler.load_state_dict(settings["grad_scaler"])
 
-    def last_step(self, *, details: bool) -> dict[str, float | torch.Tensor]:
-        """What to log of the last step: the norm of all gradients, with ``details`` that of each module's.
+    def last_step(self) -> dict[str, float | torch.Tensor]:
+        """What to log of the last step: the norm of all gradients, and that of each module's.
 
         Under float16 also the loss scale and the number of skipped steps so far.
         """
         logged: dict[str, float | torch.Tensor] = {}
         if self._grad_norm is not None:
             logged["grad_norm"] = self._grad_norm
-            if details:
-                norms = self.megatron_optimizer.module_norms
-                logged.update((f"grad_norm/{name}", norm) for name, norm in norms.items())
+            norms = self.megatron_optimizer.module_norms
+            logged.update((f"grad_norm/{name}", norm) for name, norm in norms.items())
         if self.megatron_optimizer.grad_scaler is not None:
             logged["loss_scale"] = self.megatron_optimizer.get_loss_scale().squeeze()
             logged["skipped_steps"] = float(self.num_skipped)

@@ -101,7 +101,7 @@ class Overflow(Callback):
     def on_train_batch_end(self, trainer, module, *_):
         optimizer = trainer.optimizers[0]
         inner = [part.grad_scaler.scale.item() for part in optimizer.megatron_optimizer.parts]
-        logged = optimizer.last_step(details=False)
+        logged = optimizer.last_step()
         weights = sum(value.double().abs().sum().item() for value in module.parameters())
         self.seen.append(
             (float(logged["loss_scale"]), logged["skipped_steps"], "grad_norm" in logged, set(inner), weights)

@@ -86,6 +86,8 @@ class MimoRuntime:
         self._encoding: EncoderBatching | None = None
         self._parameters_may_be_stale = False
         wrap_modules(model, topology, ddp_config, dtype)
+        # to walk through all modules takes longer than to look at the parameters
+        self._parameters = list(model.parameters())
         if topology.runs(LANGUAGE) and model.config.num_moe_experts:
             self._expert_load = ExpertLoad(
                 model.language_model, topology.groups[LANGUAGE], model.config.num_moe_experts, device
@@ -151,8 +153,7 @@ class MimoRuntime:
             self.model.zero_grad_buffer()
             if self._expert_load is not None:
                 self._expert_load.clear()
-            # FP32Optimizer makes main_grad a parameter's grad: the next backward would add to it twice
-            self.model.zero_grad()
+            self._drop_gradients()
             self._parameters_may_be_stale = self._ddp_config.overlap_param_gather
         else:
             self.gather_parameters()
@@ -188,6 +189,11 @@ class MimoRuntime:
         reduced = self._reduced_loss or self.sums.reduce_loss()
         self.reported = self.sums.reported()
         return reduced
+
+    def _drop_gradients(self) -> None:
+        """Of parameters themselves: FP32Optimizer makes main_grad their grad, and the next backward would add twice."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def run_outputs(self, batch: Batch, forward: Callable[[Batch], Any], pick: Callable[[Any, Batch], Any]) -> list:
         """Run all microbatches forward and return ``pick(output, microbatch)`` of each, on the last stage only."""

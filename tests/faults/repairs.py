@@ -20,7 +20,7 @@ repair = REPAIRS.register
 
 @repair(Cell(colocated(P(dp=2), P(dp=2)), optimizer="replicated"), "step 2, gradient")
 def gradients_that_the_optimizer_left_in_parameters_are_dropped(patch: MonkeyPatch) -> None:
-    patch.setattr(HeteroMimoModel, "zero_grad", lambda model: None)
+    patch.setattr(MimoRuntime, "_drop_gradients", lambda runtime: None)
 
 
 @repair(Cell(colocated(P(dp=2), P(dp=2)), overlap=True), "step 1, weight")
