@@ -52,6 +52,7 @@ class Case:
         microbatches: per step.
         batch_size: samples per step.
         encoder_batching: microbatches that an encoder takes at once.
+        encoder_ahead: microbatches that an encoder runs ahead.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     microbatches: int
     batch_size: int
     encoder_batching: int = 1
+    encoder_ahead: int = 0
 
 
 def cases(num_gpus: int) -> list[Case]:
@@ -73,6 +75,7 @@ def cases(num_gpus: int) -> list[Case]:
     return [
         *(Case("colocated", loop, everywhere, experts, 1, batch) for loop in ("megatron", "plain", "strategy")),
         *(Case("non-colocated", loop, first, last, 4, batch) for loop in ("megatron", "strategy")),
+        *(Case("non-colocated", "strategy", first, last, 4, batch, encoder_ahead=ahead) for ahead in (1, 2)),
         *(Case("encoder batching", "strategy", everywhere, experts, 4, 2 * batch, size) for size in (1, 4)),
         Case("heterogeneous", "strategy", everywhere, sharded, 2, batch),
         Case("homogeneous", "strategy", ModuleParallel(tp=num_gpus), sharded, 4, batch),
@@ -181,6 +184,7 @@ class Bench:
             case.microbatches,
             ddp=ddp,
             encoder_batching=case.encoder_batching,
+            encoder_ahead=case.encoder_ahead,
         )
         trainer = Trainer(
             accelerator=self.device.type,

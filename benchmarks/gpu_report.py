@@ -44,8 +44,9 @@ def _row(case: dict[str, Any], report: dict[str, Any]) -> list[str]:
 
 
 def _label(case: dict[str, Any]) -> str:
-    size = case["encoder_batching"]
-    return _LABELS[case["loop"]] + (f", encoder takes {size} at once" if size > 1 else "")
+    size, ahead = case["encoder_batching"], case["encoder_ahead"]
+    batching = f", encoder takes {size} at once" if size > 1 else ""
+    return _LABELS[case["loop"]] + batching + (f", encoder {ahead} ahead" if ahead else "")
 
 
 def _layout(module: dict[str, Any]) -> str:

@@ -95,6 +95,7 @@ LAYOUTS = {
     "equal": ({"images": P(dp=2), "language": P(dp=2)}, 2),
     "fan-in": ({"images": P(dp=4), "language": P(tp=2, dp=2, ep=2)}, 4),
     "fan-out": ({"images": P(tp=2, dp=2), "language": P(dp=4, ep=2)}, 4),
+    "dp1+dp1": ({"images": P(dp=1), "language": P(dp=1, rank_offset=1)}, 2),
     "dp2+dp1": ({"images": P(dp=2), "language": P(dp=1, rank_offset=2)}, 3),
     "dp4+dp2": ({"images": P(dp=4), "language": P(dp=2, rank_offset=4)}, 6),
     "dp1+dp2": ({"images": P(dp=1), "language": P(dp=2, rank_offset=1)}, 3),
@@ -110,6 +111,7 @@ LAYOUTS = {
         pytest.param("fan-in", 2, OVERLAPPED, {}, marks=pytest.mark.exhaustive),
         ("fan-in", 4, PLAIN, {"encoder_batching": 4}),
         ("fan-out", 2, None, {"encoder_batching": 2}),
+        ("dp1+dp1", 8, OVERLAPPED, {"encoder_ahead": 1}),
         ("dp2+dp1", 1, PLAIN, {}),
         ("dp2+dp1", 4, OVERLAPPED, {"encoder_ahead": 1}),
         ("dp1+dp2", 4, None, {"encoder_ahead": 9}),
@@ -151,7 +153,7 @@ def test_an_encoder_on_ranks_of_its_own_runs_ahead(encoder_ahead, warm_up):
         module.encoder_inputs = lambda name, items: (
             events.append("forward") or NemotronVLM.encoder_inputs(module, name, items)
         )
-        modules = {"images": P(dp=1), "language": P(dp=1, rank_offset=1)}
+        modules, _ = LAYOUTS["dp1+dp1"]
         fit(module, MimoHeteroStrategy(modules, 4, encoder_ahead=encoder_ahead), make_data(), max_steps=1)
         return events
 
