@@ -95,6 +95,14 @@ def bridge_failures(modules: Mapping[str, "ModuleLayout"], *, share_ranks: bool)
             )
 
 
+def encoder_batching_failures(
+    modules: Mapping[str, "ModuleLayout"], encoder_batching: int, *, share_ranks: bool
+) -> Iterator[str]:
+    """Microbatches taken at once where no encoder shares the language model's ranks."""
+    if encoder_batching > 1 and (not share_ranks or len(modules) == 1):
+        yield f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
+
+
 def span(ranks: range) -> str:
     """Ranks in few words."""
     return f"{ranks.start}-{ranks.stop - 1}" if len(ranks) > 1 else f"{ranks.start}"
