@@ -1,5 +1,6 @@
 """``mimo layout``: what runs where, whether it fits, and what it costs; needs no processes, GPU or weights."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -13,17 +14,21 @@ from mimo_strategy.planning.report import LayoutReport, report_layout
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-def main(arguments: list[str]) -> int:
-    """Show a configuration's layout; returns 0 if it fits and 1 if a check failed."""
+def make_parser() -> argparse.ArgumentParser:
+    """Of the verb's own options."""
     parser = job_parser("layout", "Show and check what runs where.")
     parser.add_argument("--output", metavar="FILE", type=Path, help="a picture: .png, .svg or .pdf")
     parser.add_argument(
         "--rank", metavar="R", type=int, action="append", default=[], help="tell the groups of this rank"
     )
-    options, overrides = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Show a configuration's layout; returns 0 if it fits and 1 if a check failed."""
+    options, run, job, world_size = read_job(make_parser(), arguments)
     if options.output is not None and options.output.suffix not in _PICTURES:
         raise UsageError(f"--output {options.output}: must end in {', '.join(_PICTURES)}")
-    run, job, world_size = read_job(options, overrides)
     outside = [rank for rank in options.rank if not 0 <= rank < world_size]
     if outside:
         raise UsageError(f"--rank {outside[0]} is not among the {world_size} ranks, 0 to {world_size - 1}")
@@ -40,5 +45,9 @@ def main(arguments: list[str]) -> int:
 def _draw(report: LayoutReport, path: Path) -> None:
     from mimo_strategy.pictures import draw_layout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_layout(report.layout).savefig(path, dpi=150)
+    figure = draw_layout(report.layout)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error}") from error

@@ -1,5 +1,6 @@
 """``mimo plan``: the layouts that fit a world, the quickest first."""
 
+import argparse
 import json
 from typing import Any
 
@@ -35,14 +36,18 @@ _BAR = 18
 """Width of a bar of a step's time, in letters."""
 
 
-def main(arguments: list[str]) -> int:
-    """Search and print; returns 0 if some layout fits and 1 otherwise."""
+def make_parser() -> argparse.ArgumentParser:
+    """Of the verb's own options."""
     parser = job_parser("plan", "Search the layouts that fit, and rank them by estimated step time.")
     parser.add_argument("--best", metavar="N", type=int, default=10, help="layouts to show (default: 10)")
-    options, overrides = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Search and print; returns 0 if some layout fits and 1 otherwise."""
+    options, _, job, world_size = read_job(make_parser(), arguments)
     if options.best < 1:
         raise UsageError(f"--best must be at least 1, got {options.best}")
-    _, job, world_size = read_job(options, overrides)
     if not job.batch_size:
         raise UsageError("the data do not tell their batch_size: give --batch-size")
     try:
@@ -59,7 +64,8 @@ def main(arguments: list[str]) -> int:
 def _show(console: Console, job: Job, world_size: int, plan: Plan) -> None:
     console.print(
         f"[bold]{world_size:,} x {job.machine.name}[/bold], step batch {job.batch_size:,}, sequences of {job.length:,} "
-        f"tokens, {job.training.precision}, up to {gibibytes(plan.limit)} a rank",
+        f"tokens, {job.training.precision}, up to {gibibytes(plan.limit)} a rank"
+        + (f", encoders take up to {job.encoder_batching} microbatches at once" if job.encoder_batching > 1 else ""),
         highlight=False,
     )
     if not plan.best:
@@ -131,6 +137,7 @@ def _estimate_as_json(estimate: Estimate) -> dict[str, Any]:
     return {
         "placement": estimate.layout.placement.value,
         "num_microbatches": estimate.num_microbatches,
+        "encoder_batching": estimate.encoder_batching,
         "modules": {
             name: {factor: getattr(module, factor) for factor in ("tp", "cp", "dp", "pp", "ep", "etp", "rank_offset")}
             for name, module in estimate.layout.modules.items()
