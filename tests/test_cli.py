@@ -2,9 +2,6 @@
 
 import json
 import os
-import re
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 import yaml
 from cli_data import TenDigits
+from lightning.pytorch.cli import LightningCLI
 from matplotlib.image import imread
 from safetensors import safe_open
 
@@ -223,7 +221,8 @@ WRONG_ARGUMENTS = {
     "--trainer.strategy.modules.language.tp=x": ["expected int, got x"],
     "--config=nowhere.yaml": ["nowhere.yaml"],
     "--ckpt_path=nowhere.ckpt": ["ckpt_path: there is no nowhere.ckpt"],
-    f"--ckpt_path={DIGITS}": ["is no checkpoint, which is a folder"],
+    f"--ckpt_path={DIGITS}": ["is no checkpoint, which is a folder with a manifest.json"],
+    f"--ckpt_path={CONFIGS}": ["is no checkpoint, which is a folder with a manifest.json"],
     "--model=NoModel": ["model: no class 'NoModel'"],
     "--model=RadioEncoder": ["model: the class RadioEncoder is not of the kind"],
     DIGITS: ["belongs to no option; did you mean --config "],
@@ -257,6 +256,13 @@ def test_a_file_that_is_no_configuration_is_told(text, tmp_path, capsys):
 def test_verbs_without_a_trainer_are_told_the_same():
     with pytest.raises(UsageError, match=r"^image_height 33 is no multiple of [^\n]*$"):
         read_run(["--config", DIGITS, "--model.radio.image_height=33"])
+
+
+def test_weights_that_no_run_has_made_are_warned_of(monkeypatch):
+    # the Trainer's own part, which would start ranks
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda cli, verb: None)
+    with pytest.warns(match="no --ckpt_path is given"):
+        assert main(["predict", "--config", DIGITS]) == 0
 
 
 def test_a_wrong_verb_names_the_closest(capsys):
@@ -401,30 +407,6 @@ def test_a_run_is_trained_written_and_exported(tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(tmp_path / "none.ckpt"), str(file)]) == 2
     assert "mimo export: there is no" in capsys.readouterr().err
-
-
-def commands_of_the_page():
-    page = (ROOT / "docs/command-line.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
-    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("mimo ")]
-
-
-def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch):
-    commands = commands_of_the_page()
-    assert len(commands) > 8
-    monkeypatch.chdir(ROOT)
-    for verb, *arguments in commands:
-        assert verb in {*VERBS, "--help"}
-        if verb == "fit":
-            read_run([argument for argument in arguments if argument != "--print_config"])
-
-
-def test_the_configuration_of_the_documentation_is_one(tmp_path):
-    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL)
-    (tmp_path / "config.yaml").write_text(shown)
-    shutil.copytree(CONFIGS / "model", tmp_path / "model")
-    run, digits = (read_run(["--config", str(path)]) for path in (tmp_path / "config.yaml", DIGITS))
-    assert (run.modules, run.num_microbatches) == (digits.modules, digits.num_microbatches)
 
 
 @pytest.mark.exhaustive

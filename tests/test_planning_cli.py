@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from mimo_strategy.cli.run_config import read_run
 from mimo_strategy.planning import measure
 from mimo_strategy.planning.machine import read_machine
 
-CONFIGS = Path(__file__).parents[1] / "examples/configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples/configs"
 DIGITS = str(CONFIGS / "cpu-digits.yaml")
 MODULES = "--trainer.strategy.init_args.modules"
 
@@ -114,6 +117,32 @@ def test_plan_ranks_layouts_and_says_why(capsys: pytest.CaptureFixture[str]) -> 
     for layout in plan["best"]:
         assert sum(layout["seconds"].values()) == pytest.approx(layout["step_seconds"])
         assert layout["peak_bytes"] < plan["limit_bytes"]
+
+
+def test_plan_keeps_its_numbers_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    code, text = told(capsys, "plan", "--config", str(CONFIGS / "gpu-8.yaml"), "--best", "3")
+    assert code == 0 and max(map(len, text.splitlines())) <= 60
+    table = text[: text.index("mb: microbatches")]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in table
+    # number, images, microbatches, time, first cause, memory
+    rows = re.findall(r"^\d images: .+? \d+ +\d+\.\d{3} s \w+ .*\d+\.\d GiB *$", table, flags=re.MULTILINE)
+    assert len(rows) >= 3
+    # a bar without colours would say nothing
+    assert "\N{FULL BLOCK}" not in table
+
+
+def test_what_is_printed_for_scripts_may_be_read_in_part() -> None:
+    run = [sys.executable, "-W", "ignore", "-m", "mimo_strategy", "layout", "--json", "--config", DIGITS]
+    many = ["--world-size=4096", "--batch-size=8192", f"{MODULES}.images.dp=2048", f"{MODULES}.language.dp=1024"]
+    many.append(f"{MODULES}.language.rank_offset=2048")
+    with subprocess.Popen([*run, *many], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(8) == b'{"fits":'
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_plan_without_a_layout_that_fits_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,14 @@
 """What ``mimo layout`` and ``mimo plan`` take beside the configuration of a run."""
 
 import argparse
+import json
+import os
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mimo_strategy.cli.complaints import suggest
 from mimo_strategy.cli.errors import UsageError
@@ -81,6 +86,15 @@ def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
         encoder_batching=run.encoder_batching,
     )
     return options, run, job, world_size
+
+
+def print_json(told: Mapping[str, Any]) -> None:
+    """Print for scripts, which may stop to read before the end."""
+    try:
+        print(json.dumps(told), flush=True)
+    except BrokenPipeError:
+        # or Python would complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def memory_size(text: str) -> float:

@@ -1,13 +1,12 @@
 """``mimo layout``: what runs where, whether it fits, and what it costs; needs no processes, GPU or weights."""
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
 
 from mimo_strategy.cli.errors import UsageError
-from mimo_strategy.cli.job import job_parser, read_job
+from mimo_strategy.cli.job import job_parser, print_json, read_job
 from mimo_strategy.cli.layout_view import show_layout
 from mimo_strategy.planning.report import LayoutReport, report_layout
 
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--rank {outside[0]} is not among the {world_size} ranks, 0 to {world_size - 1}")
     report = report_layout(job, world_size, run.modules, run.num_microbatches)
     if options.json:
-        print(json.dumps(report.as_json()))
+        print_json(report.as_json())
     else:
         show_layout(Console(), report, options.rank)
     if options.output is not None and report.layout is not None:

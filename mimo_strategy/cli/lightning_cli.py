@@ -15,9 +15,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mimo_strategy.callbacks import CaptionWriter
+from mimo_strategy.checkpoint.directory import located
+from mimo_strategy.checkpoint.manifest import MANIFEST
 from mimo_strategy.cli.complaints import shorten, suggest
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.module import MimoModule
@@ -114,10 +117,11 @@ class MimoCLI(LightningCLI):
         checkpoint = self.config[self.verb].get("ckpt_path")
         if checkpoint in (None, "best", "last", "hpc"):
             return
-        if not Path(checkpoint).exists():
+        folder = located(Path(checkpoint))
+        if not folder.exists():
             raise UsageError(f"ckpt_path: there is no {checkpoint}")
-        if not Path(checkpoint).is_dir():
-            raise UsageError(f"ckpt_path: {checkpoint} is no checkpoint, which is a folder")
+        if not (folder / MANIFEST).is_file():
+            raise UsageError(f"ckpt_path: {checkpoint} is no checkpoint, which is a folder with a {MANIFEST}")
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -151,6 +155,8 @@ class MimoCLI(LightningCLI):
                 self.trainer.strategy.check(self.trainer, self.model, self.datamodule)
             except (TypeError, ValueError) as error:
                 raise UsageError(str(error)) from error
+        if subcommand != "fit" and self.config[self.verb].get("ckpt_path") is None:
+            rank_zero_warn("no --ckpt_path is given: the weights are those that the model starts with")
         super()._run_subcommand(subcommand)
 
 
