@@ -6,6 +6,7 @@ that takes what tests do not have: its layout must fit the reference model, and 
 ``<!-- quoted from FILE -->`` is for one block that must be in the file, word by word.
 
 YAML blocks are whole configurations, as in ``examples/configs``; after ``<!-- over FILE -->`` one overrides that file.
+Console blocks are a ``mimo`` command and what it prints.
 """
 
 import re
