@@ -42,6 +42,7 @@ class Row:
     num_microbatches: int
     precision: str = "32-true"
     recompute: bool = False
+    encoder_batching: int = 1
 
 
 def _row(images: ModuleParallel, language: ModuleParallel, num_microbatches: int, **settings: object) -> Row:
@@ -58,6 +59,7 @@ ROWS = [
     _row(ModuleParallel(tp=2, dp=1), ModuleParallel(dp=1, pp=2, rank_offset=2), 4),
     _row(ModuleParallel(dp=4), ModuleParallel(dp=4, ep=4), 2, recompute=True),
     _row(ModuleParallel(dp=4), ModuleParallel(tp=2, dp=2, ep=2), 1, precision="bf16-mixed"),
+    _row(ModuleParallel(dp=4), ModuleParallel(dp=4, ep=2), 4, encoder_batching=4),
 ]
 
 
@@ -96,6 +98,7 @@ def measure(row: Row, steps: int) -> list[MeasuredCosts]:
             make_batch,
             batch_size=BATCH_SIZE,
             num_microbatches=row.num_microbatches,
+            encoder_batching=row.encoder_batching,
             precision=row.precision,
             num_steps=max(1, steps),
         )
@@ -138,7 +141,16 @@ def compare(row: Row, machine: Machine, steps: int) -> Comparison:
 def make_job(row: Row, machine: Machine) -> Job:
     """The step that is measured."""
     training = Training(row.precision)
-    return Job(make_model(row.recompute), BATCH_SIZE, LENGTH, {"images": 1}, training, machine, fused=False)
+    return Job(
+        make_model(row.recompute),
+        BATCH_SIZE,
+        LENGTH,
+        {"images": 1},
+        training,
+        machine,
+        fused=False,
+        encoder_batching=row.encoder_batching,
+    )
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
@@ -165,7 +177,7 @@ def table(comparisons: list[Comparison], steps: int) -> str:
         placement = comparison.estimate.layout.placement.value.replace("_", "-")
         estimated, measured = max(comparison.activations, key=lambda pair: abs(pair[0] / pair[1] - 1))
         lines.append(
-            f"| {factors['images']} | {factors['language']} | {placement} | {row.num_microbatches} | {row.precision}"
+            f"| {factors['images']} | {factors['language']} | {placement} | {_microbatches(row)} | {row.precision}"
             f"{', recompute' if row.recompute else ''} | {'exact' if comparison.exact else 'WRONG'}, up to "
             f"{gibibytes(comparison.held)} | {gibibytes(estimated)} / {gibibytes(measured)} "
             f"({estimated / measured - 1:+.0%}) |" + (f" {_times(comparison)} |" if steps else "")
@@ -177,6 +189,11 @@ def table(comparisons: list[Comparison], steps: int) -> str:
         )
         lines += ["", f"Rank correlation of estimated and measured step times: {correlation:.2f}."]
     return "\n".join(lines)
+
+
+def _microbatches(row: Row) -> str:
+    at_once = row.encoder_batching
+    return f"{row.num_microbatches}" + (f", encoder takes {at_once} at once" if at_once > 1 else "")
 
 
 def _times(comparison: Comparison) -> str:

@@ -22,7 +22,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
 from mimo_strategy.checkpoint.writer import OnFailure
-from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleParallel, Placement
+from mimo_strategy.layout import Layout, LayoutError, ModuleParallel, Placement
+from mimo_strategy.layout_checks import encoder_schedule_failures
 from mimo_strategy.module import MimoModule
 
 _ACCUMULATION = "each batch is a whole optimizer step: use a larger batch_size and num_microbatches"
@@ -164,12 +165,10 @@ def check_encoder_scheduling(layout: Layout, encoder_batching: int, encoder_ahea
     Raises:
         LayoutError: if they are not colocated with the language model, or have no ranks of their own.
     """
-    if encoder_batching > 1 and (layout.placement is not Placement.COLOCATED or len(layout.modules) == 1):
-        raise LayoutError(
-            f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
-        )
-    if encoder_ahead and layout.placement is not Placement.NON_COLOCATED:
-        raise LayoutError(f"encoder_ahead {encoder_ahead} is for encoders on other ranks than {LANGUAGE}: leave it 0")
+    share_ranks = layout.placement is Placement.COLOCATED
+    failures = list(encoder_schedule_failures(layout.modules, encoder_batching, encoder_ahead, share_ranks=share_ranks))
+    if failures:
+        raise LayoutError(*failures)
 
 
 def check_data(layout: Layout, num_microbatches: int, *sources: Any) -> None:

@@ -176,7 +176,7 @@ class Layout:
 
     @property
     def loss_rank(self) -> int:
-        """The rank that tells the others the loss: first lane and tensor rank of the language model's last stage."""
+        """The rank that tells the others the loss, the first of the language model's last stage."""
         language = self.modules[LANGUAGE]
         return language.rank_offset + language.tp * language.cp * language.dp * (language.pp - 1)
 

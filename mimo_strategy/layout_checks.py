@@ -95,6 +95,16 @@ def bridge_failures(modules: Mapping[str, "ModuleLayout"], *, share_ranks: bool)
             )
 
 
+def encoder_schedule_failures(
+    modules: Mapping[str, "ModuleLayout"], encoder_batching: int, encoder_ahead: int, *, share_ranks: bool
+) -> Iterator[str]:
+    """Microbatches taken at once where no encoder shares the language model's ranks, and run ahead where one does."""
+    if encoder_batching > 1 and (not share_ranks or len(modules) == 1):
+        yield f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
+    if encoder_ahead and share_ranks:
+        yield f"encoder_ahead {encoder_ahead} is for encoders on other ranks than {LANGUAGE}: leave it 0"
+
+
 def span(ranks: range) -> str:
     """Ranks in few words."""
     return f"{ranks.start}-{ranks.stop - 1}" if len(ranks) > 1 else f"{ranks.start}"

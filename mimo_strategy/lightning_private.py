@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lightning.fabric.connector import _convert_precision_to_unified_args as unified_precision
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE as IS_INTERACTIVE
 from lightning.pytorch import Trainer
@@ -15,6 +16,7 @@ __all__ = [
     "SubprocessScriptLauncher",
     "checkpoint_folders",
     "init_dist_connection",
+    "unified_precision",
 ]
 
 

@@ -4,6 +4,9 @@
 after another. ``, after`` and lines of code within the comment run first. ``<!-- checked only: WHY -->`` is for a block
 that takes what tests do not have: its layout must fit the reference model, and the Trainer must know its flags.
 ``<!-- quoted from FILE -->`` is for one block that must be in the file, word by word.
+
+YAML blocks are whole configurations, as in ``examples/configs``; after ``<!-- over FILE -->`` one overrides that file.
+Console blocks are a ``mimo`` command and what it prints.
 """
 
 import re
@@ -70,13 +73,13 @@ def _comment_at_the_end(text: str) -> str:
     return before.rpartition("<!--")[2].strip() if ends and not after else ""
 
 
-def python_blocks(kind: str) -> list[Block]:
-    """Those whose comment begins with ``kind``, of all pages."""
+def all_blocks(language: str, kind: str = "") -> list[Block]:
+    """Those of all pages whose comment begins with ``kind``."""
     return [
         block
         for page in PAGES
         for block in blocks(page)
-        if block.language == "python" and block.comment.startswith(kind)
+        if block.language == language and block.comment.startswith(kind)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What shell blocks of the documentation name must exist: targets, files, options."""
+"""What shell blocks of the documentation name must exist: targets, files, options; what needs no processes runs."""
 
 import inspect
 import re
@@ -12,7 +12,8 @@ from docs_code import ROOT, Block
 from lightning.pytorch import Trainer
 from torch.distributed.run import get_args_parser
 
-from mimo_strategy.cli.main import VERBS
+from mimo_strategy.cli.completion import PARSERS
+from mimo_strategy.cli.main import VERBS, main
 
 # what readers write themselves, and what a set-up or a run makes
 _READERS_FILES = re.compile(r"train\.py|\.venv/bin/activate|runs/.*")
@@ -90,7 +91,13 @@ def _torchrun_options() -> set[str]:
 def _mimo(words: list[str], where: str) -> None:
     verb, *options = words
     assert verb in VERBS or verb == "--help", where
+    known = {name for action in PARSERS[verb]()._actions for name in action.option_strings} if options else set()
+    if verb in ("fit", "layout", "plan"):
+        looked_at = [option for option in options if option != "--print_config"]
+        assert main(["layout" if verb == "fit" else verb, *looked_at]) == 0, where
     for option, value in pairwise([*options, ""]):
+        name = option.split("=")[0]
+        assert not name.startswith("-") or name in known or "." in name or name in ("--model", "--data"), where
         if option == "--config":
             _file([value], where)
         if option.startswith("--trainer."):

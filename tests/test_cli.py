@@ -2,9 +2,6 @@
 
 import json
 import os
-import re
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 import yaml
 from cli_data import TenDigits
+from lightning.pytorch.cli import LightningCLI
 from matplotlib.image import imread
 from safetensors import safe_open
 
@@ -91,6 +89,19 @@ def test_overrides_reach_what_they_name():
     assert run.model.sampling.top_p == 0.9
 
 
+def test_overrides_may_be_null():
+    modules = "--trainer.strategy.modules"
+    run = read_run(
+        [
+            *["--config", DIGITS, f"{modules}.images.dp=null", f"{modules}.images.num_ranks=2"],
+            *[f"{modules}.language={{tp: 1, dp: null, rank_offset: 2}}"],
+            *["--model.max_new_tokens=3", "--model.max_new_tokens=null"],
+        ]
+    )
+    assert run.modules == {"images": ModuleParallel(num_ranks=2), "language": ModuleParallel(ep=2, rank_offset=2)}
+    assert run.model.max_new_tokens is None
+
+
 @pytest.mark.parametrize("file", ["mimo_hetero", {"class_path": "mimo_strategy.MimoHeteroStrategy"}, None])
 def test_the_strategy_is_named_in_any_way(file, tmp_path):
     config = yaml.safe_load(Path(DIGITS).read_text())
@@ -162,6 +173,10 @@ WRONG_FILES = {
     "trainer.max_steps": ("many", "trainer.max_steps: expected int, got many"),
     "trainer.precision": ("bf17", "trainer.precision: expected", "'bf16-mixed'", "got bf17"),
     "trainer.strategy": ("mimo_heter", "no strategy 'mimo_heter'", "did you mean 'mimo_hetero'?"),
+    "trainer.strategy.num_microbatches": (0, "num_microbatches must be at least 1, got 0"),
+    "trainer.strategy.init_args.encoder_batching": (3, "encoder_batching 3 does not divide num_microbatches 2"),
+    "trainer.strategy.init_args.modules": (["images"], "trainer.strategy.modules: expected Mapping, got ['images']"),
+    "trainer.strategy.init_args.modules.images": (4, "trainer.strategy.modules: expected ModuleParallel, got 4"),
     "trainer.strategy.init_args.num_microbatch": (2, "trainer.strategy: no", "did you mean 'num_microbatches'?"),
     "trainer.strategy.init_args.modules.language.ttp": (2, "no option 'ttp'", "did you mean 'tp'?"),
     "trainer.strategy.init_args.modules.language.tp": ("two", "trainer.strategy.modules.tp: expected int, got two"),
@@ -199,12 +214,18 @@ WRONG_ARGUMENTS = {
     "--tariner.max_steps=3": ["did you mean 'trainer.max_steps'?"],
     "--model.radio.image_hight=3": ["model.radio: no option 'image_hight'; did you mean 'image_height'?"],
     "--model.radio.image_height=33": ["image_height 33 is no multiple", "valid: 32 or 40"],
+    "--model.optimizer.lr=abc": ["model.optimizer.lr: expected float, got abc"],
     "--model.optimizer.lrr=1": ["did you mean 'lr'?"],
     "--model.sampling.top_p=2": ["top_p must be above 0 and at most 1"],
     "--trainer.strategy.modules.language.tp=3": ["tp 3", "A layout that fits 4 rank(s)"],
     "--trainer.strategy.modules.language.tp=x": ["expected int, got x"],
     "--config=nowhere.yaml": ["nowhere.yaml"],
     "--ckpt_path=nowhere.ckpt": ["ckpt_path: there is no nowhere.ckpt"],
+    f"--ckpt_path={DIGITS}": ["is no checkpoint, which is a folder with a manifest.json"],
+    f"--ckpt_path={CONFIGS}": ["is no checkpoint, which is a folder with a manifest.json"],
+    "--model=NoModel": ["model: no class 'NoModel'"],
+    "--model=RadioEncoder": ["model: the class RadioEncoder is not of the kind"],
+    DIGITS: ["belongs to no option; did you mean --config "],
 }
 
 
@@ -214,9 +235,34 @@ def test_a_wrong_argument_is_told_in_few_lines(argument, capsys):
     check_told(capsys, WRONG_ARGUMENTS[argument])
 
 
+NO_CONFIGURATIONS = {
+    "trainer: {devices: 4\nmodel: x\n": "wrong.yaml, line 2, column 6: expected ',' or '}'",
+    "- trainer\n": "wrong.yaml holds no settings",
+    "": "wrong.yaml holds no settings",
+    "\1": "wrong.yaml is no YAML",
+    "trainer: {strategy: {class_path: MimoHeteroStrategy, num_microbatches: 2}}": "belongs below init_args",
+    "model: NemotronVLM": "missing: data",
+}
+
+
+@pytest.mark.parametrize("text", NO_CONFIGURATIONS)
+def test_a_file_that_is_no_configuration_is_told(text, tmp_path, capsys):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    assert main(["fit", "--config", str(path)]) == 2
+    check_told(capsys, [NO_CONFIGURATIONS[text]])
+
+
 def test_verbs_without_a_trainer_are_told_the_same():
     with pytest.raises(UsageError, match=r"^image_height 33 is no multiple of [^\n]*$"):
         read_run(["--config", DIGITS, "--model.radio.image_height=33"])
+
+
+def test_weights_that_no_run_has_made_are_warned_of(monkeypatch):
+    # the Trainer's own part, which would start ranks
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda cli, verb: None)
+    with pytest.warns(match="no --ckpt_path is given"):
+        assert main(["predict", "--config", DIGITS]) == 0
 
 
 def test_a_wrong_verb_names_the_closest(capsys):
@@ -227,6 +273,12 @@ def test_a_wrong_verb_names_the_closest(capsys):
 def test_ids_that_neither_data_nor_user_tell_are_asked_for(capsys):
     assert main(["fit", "--config", DIGITS, "--data=cli_data.SilentData", "--data.batch_size=8"]) == 2
     check_told(capsys, ["image_token_id, end_token_id", "--model.image_token_id="])
+
+
+def test_help_and_version_are_where_they_are_looked_for(capsys):
+    assert main(["help", "fit"]) == main(["--version"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("usage: mimo fit") and told.endswith("mimo-strategy 0.1.0\n")
 
 
 def test_of_ranks_that_a_launcher_started_one_tells(capsys, monkeypatch):
@@ -268,6 +320,18 @@ COMPLETED = {
     "mimo fit --model.radio.image_h": ["--model.radio.image_height"],
     "mimo predict --trainer.strategy.modules.language.rank": ["--trainer.strategy.modules.language.rank_offset"],
     "mimo fit --trainer.strategy.on_save_failure ": ["raise", "warn"],
+    "mimo layout --world": ["--world-size"],
+    "mimo layout --trainer.dev": ["--trainer.devices"],
+    "mimo layout --config sc": ["script"],
+    "mimo layout --r": ["--rank"],
+    "mimo layout --output sc": ["script"],
+    "mimo plan --machine ": ["h200", "h100", "cpu"],
+    "mimo plan --profile sc": ["script"],
+    "mimo plan --be": ["--best"],
+    "mimo profile --accelerator ": ["auto", "cpu", "gpu"],
+    "mimo profile --j": ["--json"],
+    "mimo export sc": ["script"],
+    "mimo completion ba": ["bash"],
 }
 
 
@@ -344,30 +408,6 @@ def test_a_run_is_trained_written_and_exported(tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(tmp_path / "none.ckpt"), str(file)]) == 2
     assert "mimo export: there is no" in capsys.readouterr().err
-
-
-def commands_of_the_page():
-    page = (ROOT / "docs/command-line.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
-    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("mimo ")]
-
-
-def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch):
-    commands = commands_of_the_page()
-    assert len(commands) > 8
-    monkeypatch.chdir(ROOT)
-    for verb, *arguments in commands:
-        assert verb in {*VERBS, "--help"}
-        if verb == "fit":
-            read_run([argument for argument in arguments if argument != "--print_config"])
-
-
-def test_the_configuration_of_the_documentation_is_one(tmp_path):
-    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL)
-    (tmp_path / "config.yaml").write_text(shown)
-    shutil.copytree(CONFIGS / "model", tmp_path / "model")
-    run, digits = (read_run(["--config", str(path)]) for path in (tmp_path / "config.yaml", DIGITS))
-    assert (run.modules, run.num_microbatches) == (digits.modules, digits.num_microbatches)
 
 
 @pytest.mark.exhaustive

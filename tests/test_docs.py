@@ -5,21 +5,24 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import sys
 
 import docs_messages
 import docs_shell
 import pytest
-from docs_code import PAGES, ROOT, Block, Program, blocks, programs, python_blocks
+from docs_code import PAGES, ROOT, Block, Program, all_blocks, blocks, programs
 from lightning.pytorch import Trainer
 
 import mimo_strategy
 from mimo_strategy import Layout, LayoutError
 from mimo_strategy import ModuleParallel as P
+from mimo_strategy.cli.main import main
 from mimo_strategy.testing import run_on_ranks
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 PACKAGE = ROOT / "mimo_strategy"
+CONFIGS = ROOT / "examples/configs"
 CHEAP = {
     "ACCELERATOR": "cpu",
     "ENABLE_PROGRESS_BAR": "False",
@@ -27,7 +30,7 @@ CHEAP = {
     "LIMIT_VAL_BATCHES": "1",
     "LIMIT_TEST_BATCHES": "1",
 }
-LANGUAGES = {"python", "bash", "text", "yaml", "json", "{toctree}"}
+LANGUAGES = {"python", "bash", "console", "text", "yaml", "json", "{toctree}"}
 
 
 def sizes(radio: RadioConfig, language: MambaMoEConfig):
@@ -57,7 +60,7 @@ def test_code_runs(program: Program, folders, monkeypatch):
             test()
 
 
-@pytest.mark.parametrize("block", python_blocks("checked only: "), ids=str)
+@pytest.mark.parametrize("block", all_blocks("python", "checked only: "), ids=str)
 def test_code_that_takes_more_than_tests_have_fits_the_reference_model(block: Block):
     flags = inspect.signature(Trainer).parameters
     built = []
@@ -72,13 +75,30 @@ def test_code_that_takes_more_than_tests_have_fits_the_reference_model(block: Bl
     assert built
 
 
-@pytest.mark.parametrize("block", python_blocks("quoted from "), ids=str)
+@pytest.mark.parametrize("block", all_blocks("python", "quoted from "), ids=str)
 def test_quoted_code_is_in_its_file(block: Block):
     assert block.text in (ROOT / block.comment.removeprefix("quoted from ")).read_text()
 
 
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
+def test_configurations_are_read_and_their_layouts_fit(block: Block, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mimo"])
+    # what a configuration names lies beside it
+    for path in CONFIGS.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    written = tmp_path / "of-the-page.yaml"
+    written.write_text(block.text)
+    kind, _, overridden = block.comment.partition(" ")
+    assert kind in ("", "over"), f"{block}: what does {block.comment!r} mean?"
+    files = [ROOT / overridden, written] if overridden else [written]
+    code = main(["layout", "--json", *(f"--config={file}" for file in files)])
+    assert code == 0, capsys.readouterr()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_shell_blocks_name_what_exists(page):
+def test_shell_blocks_name_what_exists(page, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mimo"])
+    monkeypatch.chdir(ROOT)
     for block in blocks(page):
         if block.language == "bash":
             docs_shell.check(block)
@@ -89,6 +109,17 @@ def test_every_block_says_what_it_is(page):
     assert {block.language for block in blocks(page)} <= LANGUAGES
     outside = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert not re.search(r"^\n    \S", outside, flags=re.MULTILINE), "an indented block of code: use a fence"
+
+
+@pytest.mark.parametrize("block", all_blocks("console"), ids=str)
+def test_what_a_command_prints_is_shown_as_it_is(block: Block, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mimo"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "92")
+    command, *shown = block.text.splitlines()
+    main(shlex.split(command)[2:])
+    printed = capsys.readouterr().out.strip()
+    assert [line.rstrip() for line in printed.splitlines()] == shown
 
 
 def test_the_layout_error_is_shown_as_it_is():

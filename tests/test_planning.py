@@ -38,6 +38,17 @@ MEASURED = [
 ]
 
 
+# Peak memory in GiB of `benchmarks/gpu.py`: 2 H200s, 2026-11-22; the same model with 16 experts.
+MEASURED_GIB = [
+    (75, ModuleParallel(dp=2), ModuleParallel(dp=2, ep=2), 4, 1, 1),
+    (54, ModuleParallel(dp=2), ModuleParallel(dp=2, ep=2), 8, 4, 1),
+    (84, ModuleParallel(dp=2), ModuleParallel(dp=2, ep=2), 8, 4, 4),
+    (50, ModuleParallel(dp=2), ModuleParallel(tp=2, ep=2), 4, 2, 1),
+    (40, ModuleParallel(tp=2), ModuleParallel(tp=2, ep=2), 4, 4, 1),
+    (54, ModuleParallel(dp=1), ModuleParallel(dp=1, rank_offset=1), 4, 4, 1),
+]
+
+
 def reference(**language: object) -> NemotronVLM:
     """The model that was measured."""
     return NemotronVLM(
@@ -71,6 +82,7 @@ def tiny_batch(num_samples: int) -> dict[str, torch.Tensor]:
 COLOCATED_4 = {"images": ModuleParallel(dp=4), "language": ModuleParallel(tp=2, ep=2)}
 APART_2 = {"images": ModuleParallel(dp=1), "language": ModuleParallel(dp=1, rank_offset=1)}
 PIPELINED_3 = {"images": ModuleParallel(dp=1), "language": ModuleParallel(dp=1, pp=2, rank_offset=1)}
+WHOLE_2 = {"images": ModuleParallel(dp=2), "language": ModuleParallel(dp=2)}
 WHOLE_EXPERTS_2 = {"images": ModuleParallel(tp=2), "language": ModuleParallel(tp=2)}
 EXPERT_TP_4 = {"images": ModuleParallel(tp=2), "language": ModuleParallel(tp=2, ep=2, etp=2)}
 SHARDED = DistributedDataParallelConfig(use_distributed_optimizer=True)
@@ -102,31 +114,74 @@ exhaustive = pytest.mark.exhaustive
 def test_runs_hold_the_bytes_that_were_told(
     modules: dict[str, ModuleParallel] | None, precision: str, ddp: DistributedDataParallelConfig, recompute: bool
 ) -> None:
-    batch_size, num_microbatches = 8, 2
     world_size = 3 if modules is PIPELINED_3 else 2 if modules in (APART_2, WHOLE_EXPERTS_2) else 4
-    model = tiny(recompute_layers=recompute)
-    layout = Layout.resolve(model.module_sizes(), world_size, modules)
+    job = Job(tiny(recompute_layers=recompute), 8, LENGTH, {"images": 1}, Training.of(ddp, precision), MACHINES["cpu"])
+    check_bytes(job, world_size, modules, 2, ddp)
+
+
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=exhaustive)])
+def test_encoders_that_take_microbatches_at_once_keep_what_was_told(recompute: bool) -> None:
+    model = NemotronVLM(
+        RadioConfig.tiny(recompute_layers=recompute), MambaMoEConfig.tiny(pattern="M"), IMAGE_TOKEN, end_token_id=2
+    )
+    one = Job(model, 16, LENGTH, {"images": 1}, Training("32-true"), MACHINES["cpu"])
+    peaks = [
+        check_bytes(replace(one, encoder_batching=at_once), 2, WHOLE_2, num_microbatches=4, ddp=SHARDED)
+        for at_once in (1, 4)
+    ]
+    # beyond what the comparison of each lets pass
+    assert peaks[1] > (1.2 if recompute else 1.5) * peaks[0]
+
+
+def test_encoders_that_run_ahead_keep_what_was_told() -> None:
+    job = Job(
+        NemotronVLM(RadioConfig.tiny(), MambaMoEConfig.tiny(pattern="M"), IMAGE_TOKEN, end_token_id=2),
+        16,
+        LENGTH,
+        {"images": 1},
+        Training("32-true"),
+        MACHINES["cpu"],
+    )
+    peaks = [
+        check_bytes(replace(job, encoder_ahead=ahead), 2, APART_2, num_microbatches=4, ddp=SHARDED) for ahead in (0, 2)
+    ]
+    # beyond what the comparison of each lets pass
+    assert peaks[1] > 1.5 * peaks[0]
+
+
+def check_bytes(
+    job: Job,
+    world_size: int,
+    modules: dict[str, ModuleParallel] | None,
+    num_microbatches: int,
+    ddp: DistributedDataParallelConfig,
+) -> int:
+    """Compare all ranks' bytes with what is told of them; returns the most activations that any rank kept."""
+    layout = Layout.resolve(job.model.module_sizes(), world_size, modules)
 
     def on_rank() -> MeasuredCosts:
         return measure_costs(
-            model,
+            job.model,
             layout,
             tiny_batch,
-            batch_size=batch_size,
+            batch_size=job.batch_size,
             num_microbatches=num_microbatches,
-            precision=precision,
+            encoder_batching=job.encoder_batching,
+            encoder_ahead=job.encoder_ahead,
+            precision=job.training.precision,
             ddp=ddp,
         )
 
-    job = Job(model, batch_size, LENGTH, {"images": 1}, Training.of(ddp, precision), MACHINES["cpu"])
     report = report_layout(job, world_size, modules, num_microbatches)
-    for rank, measured in enumerate(run_on_ranks(on_rank, world_size)):
+    ranks = run_on_ranks(on_rank, world_size)
+    for rank, measured in enumerate(ranks):
         told = {name: report.memory(report.layout.modules[name], rank) for name in measured.modules}
         assert measured.modules == {
             name: ModuleBytes(memory.parameters, memory.gradients, memory.optimizer) for name, memory in told.items()
         }, f"rank {rank}"
         activations = sum(memory.activations for memory in told.values())
         assert activations == pytest.approx(measured.activations, rel=0.2), f"rank {rank}"
+    return max(measured.activations for measured in ranks)
 
 
 def test_the_kept_activations_are_counted_once_and_forgotten() -> None:
@@ -154,6 +209,45 @@ def test_layouts_are_ranked_as_they_were_measured() -> None:
     for estimate, (measured, *_) in zip(estimates, MEASURED, strict=True):
         assert estimate == pytest.approx(measured, rel=0.25)
         assert f"| {measured:.3f} s | {estimate:.3f} s |" in page
+
+
+def test_memory_on_gpus_is_what_was_measured() -> None:
+    page = (Path(__file__).parents[1] / "docs/planning.md").read_text()
+    for measured, images, language, batch_size, num_microbatches, at_once in MEASURED_GIB:
+        job = replace(reference_job(batch_size, num_experts=16), encoder_batching=at_once)
+        layout = Layout.resolve(job.model.module_sizes(), 2, {"images": images, "language": language})
+        peak = Estimator(job).estimate(layout, num_microbatches).peak_bytes
+        assert 0.9 * measured < peak / 2**30 < measured
+        assert f"| {measured} GiB | {gibibytes(peak)} |" in page
+
+
+def test_encoders_that_take_microbatches_at_once_launch_less_and_keep_more() -> None:
+    job = reference_job()
+    colocated = {"images": ModuleParallel(dp=2), "language": ModuleParallel(dp=2, ep=2)}
+    layout = Layout.resolve(job.model.module_sizes(), 2, colocated)
+    one, four = (Estimator(replace(job, encoder_batching=at_once)).estimate(layout, 4) for at_once in (1, 4))
+    assert (one.encoder_batching, four.encoder_batching) == (1, 4)
+    assert four.activations["images"] == pytest.approx((4 * one.activations["images"][0],))
+    assert four.activations["language"] == one.activations["language"]
+    slow_host = replace(job, machine=replace(job.machine, dispatch=1e-3))
+    one, four = (Estimator(replace(slow_host, encoder_batching=at_once)).estimate(layout, 4) for at_once in (1, 4))
+    assert four.seconds["dispatch"] < one.seconds["dispatch"]
+    for unchanged in ("compute", "bridge", "ep", "dp", "update"):
+        assert four.seconds[unchanged] == pytest.approx(one.seconds[unchanged])
+    assert "encoder_batching: 4" in as_yaml(four)
+
+
+def test_encoders_take_as_many_microbatches_at_once_as_divide_and_share_ranks() -> None:
+    job = replace(reference_job(), encoder_batching=4)
+    apart = {"images": ModuleParallel(dp=2), "language": ModuleParallel(dp=2, ep=2, rank_offset=2)}
+    shared = {"images": ModuleParallel(dp=4), "language": ModuleParallel(dp=4, ep=4)}
+    for modules, num_microbatches, at_once in ((shared, 2, 2), (shared, 1, 1), (apart, 4, 1)):
+        layout = Layout.resolve(job.model.module_sizes(), 4, modules)
+        assert Estimator(job).estimate(layout, num_microbatches).encoder_batching == at_once
+    report = report_layout(job, 4, apart, 4)
+    assert report.failures == ("encoder_batching 4 is for encoders that share the ranks of language: leave it 1",)
+    report = report_layout(replace(job, encoder_batching=1, encoder_ahead=2), 4, shared, 2)
+    assert report.failures == ("encoder_ahead 2 is for encoders on other ranks than language: leave it 0",)
 
 
 def test_costs_count_the_same_operations_as_forward_flops() -> None:

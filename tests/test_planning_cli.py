@@ -1,18 +1,24 @@
 """``mimo layout``, ``mimo plan`` and ``mimo profile``: what they print, and what they refuse."""
 
+import argparse
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mimo_strategy import Layout, ModuleParallel
+from mimo_strategy.cli.job import memory_size
 from mimo_strategy.cli.main import main
 from mimo_strategy.cli.run_config import read_run
 from mimo_strategy.planning import measure
 from mimo_strategy.planning.machine import read_machine
 
-CONFIGS = Path(__file__).parents[1] / "examples/configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples/configs"
 DIGITS = str(CONFIGS / "cpu-digits.yaml")
 MODULES = "--trainer.strategy.init_args.modules"
 
@@ -113,6 +119,32 @@ def test_plan_ranks_layouts_and_says_why(capsys: pytest.CaptureFixture[str]) -> 
         assert layout["peak_bytes"] < plan["limit_bytes"]
 
 
+def test_plan_keeps_its_numbers_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    code, text = told(capsys, "plan", "--config", str(CONFIGS / "gpu-8.yaml"), "--best", "3")
+    assert code == 0 and max(map(len, text.splitlines())) <= 60
+    table = text[: text.index("mb: microbatches")]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in table
+    # number, images, microbatches, time, first cause, memory
+    rows = re.findall(r"^\d images: .+? \d+ +\d+\.\d{3} s \w+ .*\d+\.\d GiB *$", table, flags=re.MULTILINE)
+    assert len(rows) >= 3
+    # a bar without colours would say nothing
+    assert "\N{FULL BLOCK}" not in table
+
+
+def test_what_is_printed_for_scripts_may_be_read_in_part() -> None:
+    run = [sys.executable, "-W", "ignore", "-m", "mimo_strategy", "layout", "--json", "--config", DIGITS]
+    many = ["--world-size=4096", "--batch-size=8192", f"{MODULES}.images.dp=2048", f"{MODULES}.language.dp=1024"]
+    many.append(f"{MODULES}.language.rank_offset=2048")
+    with subprocess.Popen([*run, *many], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(8) == b'{"fits":'
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_plan_without_a_layout_that_fits_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = told(capsys, "plan", "--config", DIGITS, "--memory", "100KB")
     assert code == 1
@@ -128,6 +160,12 @@ def test_plan_without_a_layout_that_fits_says_what_would(capsys: pytest.CaptureF
         (["layout", "--output", "map.bmp"], "must end in .png, .svg, .pdf"),
         (["plan", "--best", "0"], "--best must be at least 1"),
         (["plan", "--profile", "nowhere.json"], "cannot read the profile nowhere.json"),
+        (["layout", "--world-sise", "8"], "no option 'world-sise'; did you mean 'world-size'?"),
+        (["layout", "--sequence-length", "65"], "--sequence-length 65 is more than the 64 tokens"),
+        (["layout", "--trainer.precision=64"], "trainer.precision '64-true' is not supported"),
+        (["layout", "--trainer.strategy=ddp"], "trainer.strategy is not MimoHeteroStrategy"),
+        (["layout", "--trainer.strategy.num_microbatches=0"], "num_microbatches must be at least 1, got 0"),
+        (["layout", "--output", f"{DIGITS}/map.png"], f"cannot write {DIGITS}/map.png: "),
     ],
 )
 def test_wrong_options_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +177,42 @@ def test_a_size_of_memory_needs_a_number(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["plan", "--config", DIGITS, "--memory", "much"])
     assert "'much' is no size such as 141GB or 80GiB" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_profile_of_a_gpu_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--accelerator", "gpu"]) == 2
+    assert "this machine has no GPU" in capsys.readouterr().err
+
+
+def test_what_the_strategy_refuses_fails_the_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = told(capsys, "layout", "--config", DIGITS, "--trainer.strategy.encoder_batching=2", "--json")
+    report = json.loads(text)
+    assert code == 1 and report["encoder_batching"] == 2
+    assert report["failures"] == ["encoder_batching 2 is for encoders that share the ranks of language: leave it 1"]
+
+
+def test_the_configuration_s_encoder_batching_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    colocated = ["--config", str(CONFIGS / "cpu-digits-colocated.yaml"), "--trainer.strategy.num_microbatches=4"]
+    kept = []
+    for at_once in (1, 4):
+        code, text = told(capsys, "layout", *colocated, f"--trainer.strategy.encoder_batching={at_once}", "--json")
+        kept.append(json.loads(text)["ranks"][0]["images"]["bytes"]["activations"])
+        assert code == 0
+    assert kept[1] == pytest.approx(4 * kept[0])
+    code, text = told(capsys, "plan", *colocated, "--trainer.strategy.encoder_batching=4", "--json", "--best", "1000")
+    plan = json.loads(text)
+    assert {layout["encoder_batching"] for layout in plan["best"] if layout["placement"] == "colocated"} == {1, 2, 4}
+    assert {layout["encoder_batching"] for layout in plan["best"] if layout["placement"] != "colocated"} == {1}
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"), [("141GB", 141e9), ("80GiB", 80 * 2**30), ("1.5 tb", 1.5e12), ("8G", 8e9), ("64B", 64)]
+)
+def test_a_size_of_memory_has_a_unit(size: str, bytes_: float) -> None:
+    assert memory_size(size) == bytes_
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size such as"):
+        memory_size("80")
 
 
 @pytest.mark.exhaustive

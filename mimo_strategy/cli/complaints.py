@@ -11,6 +11,7 @@ import pkgutil
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
@@ -22,8 +23,24 @@ _UNKNOWN = re.compile(
     r"|unrecognized arguments: --(?P<argument>[^\s=]+)"
 )
 _CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
-_TYPE = re.compile(r"Expected a (?P<expected>.+?)\.? Got value: (?P<value>.+)|Expected a (?P<only>.+)")
-_NO_PROBLEM = ("Expected a <class 'NoneType'>", "Given value", "Subtypes:", "Errors:", "Does not validate")
+_TYPE = re.compile(
+    r"(?:Expected a|Not a valid subclass of) (?P<expected>.+?)\.? Got value: (?P<value>.+)|Expected a (?P<only>.+)"
+)
+_MISSING = re.compile(r"the following arguments are required: (?P<keys>.+)")
+_STRAY = re.compile(r"unrecognized arguments: (?P<word>[^-]\S*)")
+_GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val=(?P<part>.*)\)|(?P<whole>.*))")
+_VERB = re.compile(r"\b(?:fit|validate|test|predict)\.")
+_NO_PROBLEM = (
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Given value",
+    "Subtypes:",
+    "Errors:",
+    "Does not validate",
+    "Subclass types expect one of",
+    "a class path (str)",
+    "a dict with",
+)
 
 
 class _Complaint(NamedTuple):
@@ -50,13 +67,21 @@ def shorten(message: str, parser: ArgumentParser, classes: Collection[str]) -> s
             return _unknown_key(match, complaint, parser)
         if match := _CLASS.search(complaint.text):
             name = match["name"]
+            if name in classes:
+                return f"{_place(complaint.keys)}the class {name} is not of the kind that is wanted here"
             return f"{_place(complaint.keys)}no class {name!r}{suggest(name.rpartition('.')[2], classes)}"
-    types = [match for complaint in complaints if (match := _TYPE.search(complaint.text))]
-    if types:
+        if match := _MISSING.search(complaint.text):
+            return f"{_place(complaint.keys)}missing: {_VERB.sub('', match['keys'])}"
+        if match := _STRAY.search(complaint.text):
+            hint = f"; did you mean --config {match['word']}?" if Path(match["word"]).is_file() else ""
+            return f"{match['word']!r} belongs to no option{hint}"
+    types = [match for complaint in complaints if (match := _TYPE.match(complaint.text))]
+    if len(types) == len(complaints):
         expected = " or ".join(dict.fromkeys(_type_name(match["expected"] or match["only"]) for match in types))
         given = next((match["value"] for match in types if match["value"]), _given(message))
         return f"{_place(complaints[0].keys)}expected {expected}, got {given}"
-    return f"{_place(complaints[0].keys)}{complaints[0].text}"
+    told = next(complaint for complaint in complaints if not _TYPE.match(complaint.text))
+    return f"{_place(told.keys)}{told.text}"
 
 
 def _complaints(message: str) -> Iterator[_Complaint]:
@@ -64,6 +89,8 @@ def _complaints(message: str) -> Iterator[_Complaint]:
     above: list[tuple[int, re.Match]] = []
     for line in message.splitlines():
         text = line.strip().removeprefix("- ")
+        if not text:
+            continue
         indent = len(line) - len(line.lstrip()) + 2 * line.strip().startswith("- ")
         above = [(column, match) for column, match in above if column < indent]
         place = _PLACE.match(text)
@@ -78,6 +105,8 @@ def _complaints(message: str) -> Iterator[_Complaint]:
 
 def _unknown_key(match: re.Match, complaint: _Complaint, parser: ArgumentParser) -> str:
     name = match["option"] or match["of_group"] or match["argument"]
+    if name == "class_path":
+        return f"{_place(complaint.keys)}what is beside class_path belongs below init_args"
     valid = _options(parser)
     place = _place(complaint.keys)
     if complaint.class_path is not None:
@@ -132,4 +161,6 @@ def _type_name(described: str) -> str:
 
 
 def _given(message: str) -> str:
-    return message.rpartition("Given value: ")[2].splitlines()[0]
+    """The innermost value."""
+    match = _GIVEN.search(message)
+    return match["whole"] or match["part"] if match else "another value"

@@ -4,46 +4,71 @@ import argparse
 import inspect
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import shtab
 
+from mimo_strategy.cli import layout, plan, profile, weights
 from mimo_strategy.cli.main import VERBS
-
-_READ_CONFIG = ("fit", "validate", "test", "predict", "layout", "plan")
 
 
 def main(arguments: list[str]) -> int:
     """Print the script."""
+    print(shtab.complete(_command_line(), make_parser().parse_args(arguments).shell))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of the verb's argument."""
     parser = argparse.ArgumentParser(
         "mimo completion",
         description="Print a script that completes verbs, options and names of classes.",
         epilog="For bash: mimo completion bash > ~/.local/share/bash-completion/completions/mimo",
     )
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
-    print(shtab.complete(_command_line(), parser.parse_args(arguments).shell))
-    return 0
+    return parser
+
+
+def _trainer_parser() -> argparse.ArgumentParser:
+    """What the Trainer's verbs take beside the keys of a configuration."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-c", "--config", type=Path)
+    parser.add_argument("--ckpt_path", type=Path)
+    parser.add_argument("--print_config", action="store_true")
+    parser.add_argument("--seed_everything")
+    return parser
+
+
+PARSERS = dict.fromkeys(("fit", "validate", "test", "predict"), _trainer_parser) | {
+    "layout": layout.make_parser,
+    "plan": plan.make_parser,
+    "profile": profile.make_parser,
+    "export": weights.export_parser,
+    "import": weights.import_parser,
+    "completion": make_parser,
+}
+"""What each verb takes beside the keys of a configuration."""
+_WITHOUT_CONFIGURATION = ("profile", "export", "import", "completion")
 
 
 def _command_line() -> argparse.ArgumentParser:
     """All verbs with their options, to be looked at by shtab only."""
     parser = argparse.ArgumentParser("mimo")
     verbs = parser.add_subparsers()
-    options = dict(_options())
+    keys = dict(_keys())
     for name, verb in VERBS.items():
-        of_verb = verbs.add_parser(name, help=verb.summary)
-        if name not in _READ_CONFIG:
-            of_verb.add_argument("file", nargs="*").complete = shtab.FILE
-            continue
-        of_verb.add_argument("-c", "--config").complete = shtab.FILE
-        of_verb.add_argument("--ckpt_path").complete = shtab.DIRECTORY
-        of_verb.add_argument("--print_config", action="store_true")
-        for option, choices in options.items():
-            of_verb.add_argument(f"--{option}", choices=choices)
+        of_verb = verbs.add_parser(name, help=verb.summary, parents=[PARSERS[name]()], add_help=False)
+        for action in of_verb._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE
+        if name not in _WITHOUT_CONFIGURATION:
+            for key, choices in keys.items():
+                of_verb.add_argument(f"--{key}", choices=choices)
     return parser
 
 
-def _options() -> Iterator[tuple[str, list[str] | None]]:
+def _keys() -> Iterator[tuple[str, list[str] | None]]:
     """Keys of a configuration, with the values that each may have if these are few."""
     from lightning.pytorch import LightningDataModule, Trainer
 

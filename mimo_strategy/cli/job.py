@@ -1,10 +1,16 @@
 """What ``mimo layout`` and ``mimo plan`` take beside the configuration of a run."""
 
 import argparse
+import json
+import os
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from mimo_strategy.cli.complaints import suggest
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.run_config import RunConfig, read_run
 from mimo_strategy.planning.cost import CostUnknown
@@ -24,7 +30,9 @@ def job_parser(verb: str, description: str) -> argparse.ArgumentParser:
         epilog="Everything else overrides the configuration, as in `mimo fit`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", action="append", required=True, help="configuration of a run")
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, action="append", required=True, help="configuration of a run"
+    )
     parser.add_argument("--world-size", metavar="N", type=int, help="ranks; by default devices x nodes of the Trainer")
     parser.add_argument("--batch-size", metavar="N", type=int, help="samples of a step; by default the data's")
     parser.add_argument("--sequence-length", metavar="N", type=int, help="tokens; by default the model's most")
@@ -35,16 +43,23 @@ def job_parser(verb: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_job(options: argparse.Namespace, overrides: list[str]) -> tuple[RunConfig, Job, int]:
-    """The run as configured, the step to estimate, and the world size.
+def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, RunConfig, Job, int]:
+    """The verb's own options, the run as configured, the step to estimate, and the world size.
 
     Raises:
-        UsageError: if the world size is not known, a number is not positive, or the profile cannot be read.
+        UsageError: for a configuration that cannot work; if the world size is not known, a number is out of range, the
+            precision is not supported, or the profile cannot be read.
     """
+    options, overrides = parser.parse_known_args(arguments)
     for option in ("world_size", "batch_size", "sequence_length"):
         if getattr(options, option) is not None and getattr(options, option) < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(options, option)}")
-    run = read_run([argument for file in options.config for argument in ("--config", file)] + overrides)
+    try:
+        run = read_run([f"--config={file}" for file in options.config] + overrides)
+    except UsageError as error:
+        unknown = re.fullmatch(r"no option '([^'.]+)'", str(error))
+        own = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+        raise UsageError(f"{error}{suggest(unknown[1], own) if unknown else ''}") from error
     world_size = options.world_size or run.world_size
     if world_size is None:
         raise UsageError("the Trainer's devices are not a number: give --world-size")
@@ -52,17 +67,35 @@ def read_job(options: argparse.Namespace, overrides: list[str]) -> tuple[RunConf
         longest, items = run.model.longest_sample()
     except CostUnknown:
         # a model without costs has a layout all the same
-        longest, items = 1, {}
+        longest, items = options.sequence_length or 1, {}
+    length = options.sequence_length or longest
+    if length > longest:
+        raise UsageError(f"--sequence-length {length} is more than the {longest} tokens that the model takes")
     machine = _machine(options)
+    try:
+        training = Training.of(run.ddp or default_ddp_config(on_gpus=machine.runs_ahead), run.precision)
+    except ValueError as error:
+        raise UsageError(f"trainer.{error}") from None
     job = Job(
         run.model,
         options.batch_size or run.batch_size or 0,
-        options.sequence_length or longest,
+        length,
         items,
-        Training.of(run.ddp or default_ddp_config(on_gpus=machine.runs_ahead), run.precision),
+        training,
         machine,
+        encoder_batching=run.encoder_batching,
+        encoder_ahead=run.encoder_ahead,
     )
-    return run, job, world_size
+    return options, run, job, world_size
+
+
+def print_json(told: Mapping[str, Any]) -> None:
+    """Print for scripts, which may stop to read before the end."""
+    try:
+        print(json.dumps(told), flush=True)
+    except BrokenPipeError:
+        # or Python would complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def memory_size(text: str) -> float:
@@ -71,10 +104,10 @@ def memory_size(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: if it is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]I?)B?|B)", text.strip().upper())
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 141GB or 80GiB")
-    return float(match[1]) * _UNITS[match[2]]
+    return float(match[1]) * _UNITS[match[2] or ""]
 
 
 def _machine(options: argparse.Namespace) -> Machine:

@@ -50,7 +50,9 @@ def _headings(report: LayoutReport) -> RenderableType:
     if report.batch_size:
         lines[0].append(
             f"   step batch {report.batch_size} = {report.num_microbatches} microbatch(es) of "
-            f"{report.batch_size // report.num_microbatches}",
+            f"{report.batch_size // report.num_microbatches}"
+            + (f", encoders take {report.encoder_batching} at once" if report.encoder_batching > 1 else "")
+            + (f", encoders run {report.encoder_ahead} ahead" if report.encoder_ahead else ""),
             "not bold",
         )
     for module in _modules(report):

@@ -1,5 +1,6 @@
 """Lightning's command line with what it must know of this package: its classes by name, and one verb at a time."""
 
+import ast
 import json
 import pkgutil
 import sys
@@ -14,9 +15,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mimo_strategy.callbacks import CaptionWriter
+from mimo_strategy.checkpoint.directory import located
+from mimo_strategy.checkpoint.manifest import MANIFEST
 from mimo_strategy.cli.complaints import shorten, suggest
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.module import MimoModule
@@ -50,6 +54,13 @@ class MimoArgumentParser(LightningArgumentParser):
             # of a parser within a parser, which tries several types
             super().error(message, ex)
         raise UsageError(shorten(message, self, _class_names())) from ex
+
+    @override
+    def parse_args(self, args: list[str] | None = None, *others: Any, **settings: Any) -> Any:
+        """As ever, but a class's parser is given values as YAML has them: jsonargparse 4.53 gives ``None`` for null."""
+        if args is not None and not self.exit_on_error:
+            args = [_as_yaml(argument) for argument in args]
+        return super().parse_args(args, *others, **settings)
 
     @override
     def dump(self, namespace: Namespace, *args: Any, skip_link_targets: bool = True, **settings: Any) -> str:
@@ -101,14 +112,23 @@ class MimoCLI(LightningCLI):
             parser.link_arguments(f"data.{attribute}", f"model.init_args.{argument}", apply_on="instantiate")
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        checkpoint = self.config[self.verb].get("ckpt_path")
+        if checkpoint in (None, "best", "last", "hpc"):
+            return
+        folder = located(Path(checkpoint))
+        if not folder.exists():
+            raise UsageError(f"ckpt_path: there is no {checkpoint}")
+        if not (folder / MANIFEST).is_file():
+            raise UsageError(f"ckpt_path: {checkpoint} is no checkpoint, which is a folder with a {MANIFEST}")
+
+    @override
     def before_instantiate_classes(self) -> None:
         strategy = self.config[self.verb]["trainer"]["strategy"]
         known = {"auto", *StrategyRegistry.available_strategies()}
         if isinstance(strategy, str) and strategy not in known:
             raise UsageError(f"trainer.strategy: no strategy {strategy!r}{suggest(strategy, known)}")
-        checkpoint = self.config[self.verb].get("ckpt_path")
-        if checkpoint not in (None, "best", "last", "hpc") and not Path(checkpoint).exists():
-            raise UsageError(f"ckpt_path: there is no {checkpoint}")
 
     @override
     def instantiate_classes(self) -> None:
@@ -135,27 +155,55 @@ class MimoCLI(LightningCLI):
                 self.trainer.strategy.check(self.trainer, self.model, self.datamodule)
             except (TypeError, ValueError) as error:
                 raise UsageError(str(error)) from error
+        if subcommand != "fit" and self.config[self.verb].get("ckpt_path") is None:
+            rank_zero_warn("no --ckpt_path is given: the weights are those that the model starts with")
         super()._run_subcommand(subcommand)
 
 
+def _as_yaml(argument: str) -> str:
+    """``--KEY=VALUE`` with the value as YAML has it, if it is Python's ``None`` or may hold one."""
+    key, _, value = argument.partition("=")
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return argument
+    return f"{key}={json.dumps(read)}" if read is None or isinstance(read, dict | list) else argument
+
+
 def _with_class_path(arguments: list[str]) -> list[str]:
-    """Name the strategy's class after each mention of its registered name, which takes no settings."""
+    """Name the strategy's class after each mention of its registered name, which takes no settings.
+
+    Raises:
+        UsageError: for a configuration that holds no settings.
+    """
     named = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         named.append(argument)
         option, _, value = argument.partition("=") if "=" in argument else (previous, "", argument)
-        if (option in ("-c", "--config") and _names_strategy(value)) or (option == _OPTION and value == NAME):
+        if (option in ("-c", "--config") and _names_strategy(_read(value))) or (option == _OPTION and value == NAME):
             named.append(f"{_OPTION}={json.dumps(_STRATEGY)}")
     return named
 
 
-def _names_strategy(file: str) -> bool:
+def _read(file: str) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(Path(file).read_text())
-        return config["trainer"]["strategy"] == NAME
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        # the parser says what is wrong
-        return False
+        settings = yaml.safe_load(Path(file).read_text())
+    except OSError:
+        # the parser says what is wrong, or takes it as settings
+        return {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise UsageError(f"{file}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{file} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} holds no settings, such as `trainer:` with others below it")
+    return settings
+
+
+def _names_strategy(config: dict[str, Any]) -> bool:
+    trainer = config.get("trainer")
+    return isinstance(trainer, dict) and trainer.get("strategy") == NAME
 
 
 def _class_names() -> set[str]:

@@ -4,6 +4,7 @@ import difflib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import NamedTuple
 
 from mimo_strategy.cli.errors import UsageError, report
@@ -41,6 +42,11 @@ Train vision-language models on megatron-core with a parallel layout per module.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; ``arguments`` default to those of the process. Returns the exit code: 2 if the input is wrong."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb == "help" and rest:
+        verb, rest = rest[0], ["--help"]
+    if verb == "--version":
+        print(f"mimo-strategy {version('mimo-strategy')}")
+        return 0
     if verb in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {name:<12}{verb.summary}" for name, verb in VERBS.items())))
         return 0

@@ -1,6 +1,6 @@
 """``mimo plan``: the layouts that fit a world, the quickest first."""
 
-import json
+import argparse
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mimo_strategy.cli.errors import UsageError
-from mimo_strategy.cli.job import job_parser, read_job
+from mimo_strategy.cli.job import job_parser, print_json, read_job
 from mimo_strategy.pictures.palette import BLUE, GREEN, OLIVE, ORANGE, PALE, PURPLE, SKY, VERMILION
 from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Estimate, Job
@@ -35,14 +35,18 @@ _BAR = 18
 """Width of a bar of a step's time, in letters."""
 
 
-def main(arguments: list[str]) -> int:
-    """Search and print; returns 0 if some layout fits and 1 otherwise."""
+def make_parser() -> argparse.ArgumentParser:
+    """Of the verb's own options."""
     parser = job_parser("plan", "Search the layouts that fit, and rank them by estimated step time.")
     parser.add_argument("--best", metavar="N", type=int, default=10, help="layouts to show (default: 10)")
-    options, overrides = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Search and print; returns 0 if some layout fits and 1 otherwise."""
+    options, _, job, world_size = read_job(make_parser(), arguments)
     if options.best < 1:
         raise UsageError(f"--best must be at least 1, got {options.best}")
-    _, job, world_size = read_job(options, overrides)
     if not job.batch_size:
         raise UsageError("the data do not tell their batch_size: give --batch-size")
     try:
@@ -50,7 +54,7 @@ def main(arguments: list[str]) -> int:
     except CostUnknown as error:
         raise UsageError(str(error)) from None
     if options.json:
-        print(json.dumps(_as_json(job, world_size, plan)))
+        print_json(_as_json(job, world_size, plan))
     else:
         _show(Console(), job, world_size, plan)
     return 0 if plan.best else 1
@@ -59,7 +63,8 @@ def main(arguments: list[str]) -> int:
 def _show(console: Console, job: Job, world_size: int, plan: Plan) -> None:
     console.print(
         f"[bold]{world_size:,} x {job.machine.name}[/bold], step batch {job.batch_size:,}, sequences of {job.length:,} "
-        f"tokens, {job.training.precision}, up to {gibibytes(plan.limit)} a rank",
+        f"tokens, {job.training.precision}, up to {gibibytes(plan.limit)} a rank"
+        + (f", encoders take up to {job.encoder_batching} microbatches at once" if job.encoder_batching > 1 else ""),
         highlight=False,
     )
     if not plan.best:
@@ -67,14 +72,14 @@ def _show(console: Console, job: Job, world_size: int, plan: Plan) -> None:
         return
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for column in ("", "layout", "mb", "step", "of which", "memory"):
-        table.add_column(column, header_style="dim", no_wrap=True)
+        table.add_column(column, header_style="dim", no_wrap=column not in ("layout", "of which"))
     for place, estimate in enumerate(plan.best, start=1):
         table.add_row(
             f"{place}",
             _names(estimate),
             f"{estimate.num_microbatches}",
             f"{estimate.step_seconds:.3f} s",
-            _shares(estimate),
+            _shares(estimate, with_bar=console.color_system is not None and not console.no_color),
             gibibytes(estimate.peak_bytes),
         )
     console.print(table)
@@ -100,18 +105,19 @@ def _names(estimate: Estimate) -> Text:
     return Text("\n".join(lines)).append(f"\n{placement}", "dim")
 
 
-def _shares(estimate: Estimate) -> Text:
-    """A bar of the step's time by cause, and the larger causes by name."""
+def _shares(estimate: Estimate, with_bar: bool) -> Text:
+    """A bar of the step's time by cause, which colours tell apart, and the larger causes by name."""
     step = estimate.step_seconds
     causes = sorted((item for item in estimate.seconds.items() if item[1] > 0), key=lambda item: -item[1])
-    text = Text()
-    for cause, seconds in causes:
-        text.append("\N{FULL BLOCK}" * round(_BAR * seconds / step), _COLORS[cause])
-    named = [(cause, seconds) for cause, seconds in causes if seconds > 0.02 * step]
-    for number, (cause, seconds) in enumerate(named):
-        text.append("\n" if number % 2 == 0 else "  ")
-        text.append(f"{cause} {seconds / step:.0%}", _COLORS[cause])
-    return text
+    lines = []
+    if with_bar:
+        bar = [("\N{FULL BLOCK}" * round(_BAR * seconds / step), _COLORS[cause]) for cause, seconds in causes]
+        lines.append(Text.assemble(*bar))
+    named = [
+        Text(f"{cause} {seconds / step:.0%}", _COLORS[cause]) for cause, seconds in causes if seconds > 0.02 * step
+    ]
+    lines += [Text("  ").join(named[first : first + 2]) for first in range(0, len(named), 2)]
+    return Text("\n").join(lines)
 
 
 def _as_json(job: Job, world_size: int, plan: Plan) -> dict[str, Any]:
@@ -131,6 +137,8 @@ def _estimate_as_json(estimate: Estimate) -> dict[str, Any]:
     return {
         "placement": estimate.layout.placement.value,
         "num_microbatches": estimate.num_microbatches,
+        "encoder_batching": estimate.encoder_batching,
+        "encoder_ahead": estimate.encoder_ahead,
         "modules": {
             name: {factor: getattr(module, factor) for factor in ("tp", "cp", "dp", "pp", "ep", "etp", "rank_offset")}
             for name, module in estimate.layout.modules.items()

@@ -24,15 +24,19 @@ _UNITS = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Measure, show, and write what was measured."""
+def make_parser() -> argparse.ArgumentParser:
+    """Of the verb's options."""
     parser = argparse.ArgumentParser(prog="mimo profile", description="Measure this machine, for `mimo plan`.")
     parser.add_argument("--ranks", metavar="N", type=int, help="ranks that exchange; by default one a GPU, or 2")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the profile there")
     parser.add_argument("--json", action="store_true", help="for scripts")
-    options = parser.parse_args(arguments)
+    return parser
 
+
+def main(arguments: list[str]) -> int:
+    """Measure, show, and write what was measured."""
+    options = make_parser().parse_args(arguments)
     # before any question about GPUs, see mimo_strategy.testing
     import torch
 
@@ -40,6 +44,8 @@ def main(arguments: list[str]) -> int:
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     accelerator = ("gpu" if num_gpus else "cpu") if options.accelerator == "auto" else options.accelerator
+    if accelerator == "gpu" and not num_gpus:
+        raise UsageError("--accelerator gpu: this machine has no GPU that PyTorch can use")
     ranks = options.ranks if options.ranks is not None else (num_gpus if accelerator == "gpu" else 2)
     if ranks < 1:
         raise UsageError(f"--ranks must be at least 1, got {ranks}")
@@ -51,8 +57,11 @@ def main(arguments: list[str]) -> int:
     else:
         _show(machine)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_machine(machine, options.output)
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_machine(machine, options.output)
+        except OSError as error:
+            raise UsageError(f"cannot write {options.output}: {error}") from error
     return 0
 
 

@@ -7,9 +7,12 @@ from typing import override
 from jsonargparse import Namespace
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.lightning_cli import MimoCLI
 from mimo_strategy.layout import ModuleParallel
+from mimo_strategy.lightning_private import unified_precision
 from mimo_strategy.module import MimoModule
+from mimo_strategy.strategy import MimoHeteroStrategy
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class RunConfig:
         model: instantiated; nothing of it is built.
         modules: layout asked for, by module name; ``None`` is the strategy's default.
         num_microbatches: microbatches per step.
+        encoder_batching: microbatches that colocated encoders take at once.
+        encoder_ahead: microbatches that encoders on ranks of their own run ahead.
         ddp: settings of gradient reduction and the distributed optimizer; ``None`` is the strategy's default.
         batch_size: samples of a step batch, if the data say so.
         precision: the Trainer's.
@@ -29,6 +34,8 @@ class RunConfig:
     model: MimoModule
     modules: Mapping[str, ModuleParallel] | None
     num_microbatches: int
+    encoder_batching: int
+    encoder_ahead: int
     ddp: DistributedDataParallelConfig | None
     batch_size: int | None
     precision: str
@@ -38,22 +45,25 @@ class RunConfig:
 def read_run(arguments: list[str]) -> RunConfig:
     """Read ``--config FILE`` and overrides as ``mimo fit`` takes them.
 
-    The datamodule is instantiated, as the model may take values of it, but asked for no data; the Trainer is not.
+    The datamodule is instantiated, as the model may take values of it, but asked for no data; and so is the strategy,
+    which checks its settings. The Trainer is not.
 
     Raises:
         UsageError: for a configuration that cannot work.
     """
     reader = _Reader("fit", arguments)
-    trainer, strategy = reader.config["fit"]["trainer"], reader.config["fit"]["trainer"]["strategy"]
-    settings = {} if isinstance(strategy, str) else strategy["init_args"]
+    trainer = reader.config["fit"]["trainer"]
+    settings = trainer["strategy"]["init_args"]
     modules, ddp = settings.get("modules"), settings.get("ddp")
     return RunConfig(
         model=reader.model,
         modules=modules and {name: ModuleParallel(**vars(parallel)) for name, parallel in modules.items()},
-        num_microbatches=settings.get("num_microbatches", 1),
+        num_microbatches=settings["num_microbatches"],
+        encoder_batching=settings["encoder_batching"],
+        encoder_ahead=settings["encoder_ahead"],
         ddp=ddp and DistributedDataParallelConfig(**vars(ddp)),
         batch_size=getattr(reader.datamodule, "batch_size", None),
-        precision=str(trainer["precision"] or "32-true"),
+        precision=unified_precision(trainer["precision"]) or "32-true",
         world_size=_world_size(trainer["devices"], trainer["num_nodes"]),
     )
 
@@ -65,7 +75,7 @@ def _world_size(devices: list[int] | str | int, num_nodes: int) -> int | None:
 
 
 class _Reader(MimoCLI):
-    """Instantiates model and data, and runs nothing."""
+    """Instantiates model, data and strategy, and runs nothing."""
 
     @override
     def _set_seed(self) -> None:
@@ -74,8 +84,10 @@ class _Reader(MimoCLI):
     @override
     def make_objects(self) -> None:
         config = self.config["fit"]
-        needed = Namespace({key: config[key] for key in ("model", "data")})
+        needed = Namespace({key: config[key] for key in ("model", "data", "trainer.strategy")})
         instantiated = self.parser.instantiate_classes(Namespace(subcommand="fit", fit=needed))["fit"]
+        if not isinstance(instantiated["trainer.strategy"], MimoHeteroStrategy):
+            raise UsageError("trainer.strategy is not MimoHeteroStrategy, which the layouts are of: leave it out")
         self.model, self.datamodule = instantiated["model"], instantiated["data"]
 
     @override

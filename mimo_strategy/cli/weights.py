@@ -6,20 +6,30 @@ from pathlib import Path
 from mimo_strategy.cli.errors import UsageError
 
 
-def export(arguments: list[str]) -> int:
-    """Write a checkpoint's weights into one file."""
+def export_parser() -> argparse.ArgumentParser:
+    """Of what ``mimo export`` takes."""
     parser = argparse.ArgumentParser("mimo export", description="Write a checkpoint's weights into one file.")
     parser.add_argument("checkpoint", type=Path, help="folder NAME.ckpt, of any layout")
     parser.add_argument("file", type=Path, help="FILE.safetensors to write")
-    return _convert("export_weights", parser, arguments)
+    return parser
+
+
+def import_parser() -> argparse.ArgumentParser:
+    """Of what ``mimo import`` takes."""
+    parser = argparse.ArgumentParser("mimo import", description="Make a checkpoint of the weights in a file.")
+    parser.add_argument("file", type=Path, help="FILE.safetensors")
+    parser.add_argument("checkpoint", type=Path, help="folder NAME.ckpt to write, to validate, test or predict with")
+    return parser
+
+
+def export(arguments: list[str]) -> int:
+    """Write a checkpoint's weights into one file."""
+    return _convert("export_weights", export_parser(), arguments)
 
 
 def import_(arguments: list[str]) -> int:
     """Make a checkpoint of the weights in a file."""
-    parser = argparse.ArgumentParser("mimo import", description="Make a checkpoint of the weights in a file.")
-    parser.add_argument("file", type=Path, help="FILE.safetensors")
-    parser.add_argument("checkpoint", type=Path, help="folder NAME.ckpt to write, to validate, test or predict with")
-    return _convert("import_weights", parser, arguments)
+    return _convert("import_weights", import_parser(), arguments)
 
 
 def _convert(function: str, parser: argparse.ArgumentParser, arguments: list[str]) -> int:

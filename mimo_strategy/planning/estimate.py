@@ -1,6 +1,7 @@
 """Time of a step and memory of a rank in one layout."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -39,6 +40,8 @@ class Job:
         training: how parameters are kept and updated.
         machine: rates of the ranks.
         fused: whether layers are Transformer Engine's; by default on machines that run ahead of their host.
+        encoder_batching: microbatches that colocated encoders take at once, as far as it divides their number.
+        encoder_ahead: microbatches that encoders on ranks of their own run ahead.
     """
 
     model: Costs
@@ -48,10 +51,12 @@ class Job:
     training: Training
     machine: Machine
     fused: bool | None = None
+    encoder_batching: int = 1
+    encoder_ahead: int = 0
 
-    def workload(self, dp: int, num_microbatches: int) -> Workload:
-        """A microbatch of one of ``dp`` lanes."""
-        samples = self.batch_size // (dp * num_microbatches)
+    def workload(self, dp: int, num_passes: int) -> Workload:
+        """What one of ``dp`` lanes takes in one of its ``num_passes`` of a step."""
+        samples = self.batch_size // (dp * num_passes)
         return Workload(
             samples,
             self.length,
@@ -63,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of one microbatch on a rank of one stage, forward and backward.
+    """Seconds of one pass on a rank of one stage, forward and backward.
 
     Attributes:
         compute: of the device.
@@ -106,6 +111,8 @@ class Estimate:
     Attributes:
         layout: the layout.
         num_microbatches: microbatches per step.
+        encoder_batching: microbatches that encoders take at once.
+        encoder_ahead: microbatches that encoders run ahead.
         seconds: of a step, by cause; see ``docs/planning.md``.
         activations: bytes that a rank of each stage keeps at most, by module.
         stages: all else of each stage, by module.
@@ -113,6 +120,8 @@ class Estimate:
 
     layout: Layout
     num_microbatches: int
+    encoder_batching: int
+    encoder_ahead: int
     seconds: Mapping[str, float]
     activations: Mapping[str, tuple[float, ...]]
     stages: Mapping[str, tuple[StageEstimate, ...]]
@@ -143,11 +152,20 @@ class Estimator:
 
     def estimate(self, layout: Layout, num_microbatches: int) -> Estimate:
         """Estimate ``layout``, whose lanes and microbatches must divide the step batch."""
-        stages = {name: self._module(module, num_microbatches) for name, module in layout.modules.items()}
+        colocated = layout.placement is Placement.COLOCATED
+        encoder_batching = math.gcd(self.job.encoder_batching, num_microbatches) if colocated else 1
+        passes = {
+            name: num_microbatches if name == LANGUAGE else num_microbatches // encoder_batching
+            for name in layout.modules
+        }
+        stages = {name: self._module(module, passes[name]) for name, module in layout.modules.items()}
         in_order = _pipeline(layout)
-        pipelined = layout.placement is Placement.NON_COLOCATED or len(in_order) > 1
+        pipelined = not colocated or len(in_order) > 1
+        encoder_ahead = 0 if colocated else self.job.encoder_ahead
         in_flight = {
-            place: min(num_microbatches, len(in_order) - depth) if pipelined else 1
+            place: min(num_microbatches, len(in_order) - depth + (encoder_ahead if place[0] != LANGUAGE else 0))
+            if pipelined
+            else 1
             for depth, places in enumerate(in_order)
             for place in places
         }
@@ -158,12 +176,12 @@ class Estimator:
             ]
             for name, module in stages.items()
         }
-        if layout.placement is Placement.COLOCATED:
+        if colocated:
             self._recompute_in_turn(activations, stages)
-        step = _Step(self.job, layout, num_microbatches, stages)
+        step = _Step(self.job, layout, passes, stages)
         seconds = step.pipelined(in_order) if pipelined else step.one_after_another()
         activations = {name: tuple(kept) for name, kept in activations.items()}
-        return Estimate(layout, num_microbatches, seconds, activations, stages)
+        return Estimate(layout, num_microbatches, encoder_batching, encoder_ahead, seconds, activations, stages)
 
     def _recompute_in_turn(
         self, activations: dict[str, list[float]], stages: Mapping[str, tuple[StageEstimate, ...]]
@@ -176,10 +194,10 @@ class Estimator:
             activations[name][0] -= again
             activations[LANGUAGE][0] += max(0.0, again - free - most)
 
-    def _module(self, layout: ModuleLayout, num_microbatches: int) -> tuple[StageEstimate, ...]:
-        key = (layout, num_microbatches)
+    def _module(self, layout: ModuleLayout, num_passes: int) -> tuple[StageEstimate, ...]:
+        key = (layout, num_passes)
         if key not in self._modules:
-            workload = self.job.workload(layout.dp, num_microbatches)
+            workload = self.job.workload(layout.dp, num_passes)
             cost = self.job.model.module_cost(layout.name, layout, workload)
             self._modules[key] = tuple(self._stage(layout, cost, stage) for stage in range(layout.pp))
         return self._modules[key]
@@ -223,7 +241,7 @@ class Estimator:
 
 
 def forward_and_backward_operations(cost: ModuleCost, layers: tuple[Layer, ...]) -> float:
-    """Operations that the host dispatches for one microbatch."""
+    """Operations that the host dispatches for one pass."""
     operations = 0.0
     for layer, times in _counted(layers):
         forwards = _forwards(cost, layer)
@@ -238,17 +256,22 @@ def _forwards(cost: ModuleCost, layer: Layer) -> int:
 
 
 class _Step:
-    """The time of a step from that of its stages."""
+    """The time of a step from that of its stages, and how many passes of each module it has."""
 
     def __init__(
-        self, job: Job, layout: Layout, num_microbatches: int, stages: Mapping[str, tuple[StageEstimate, ...]]
+        self,
+        job: Job,
+        layout: Layout,
+        passes: Mapping[str, int],
+        stages: Mapping[str, tuple[StageEstimate, ...]],
     ) -> None:
-        self._job, self._layout, self._microbatches, self._stages = job, layout, num_microbatches, stages
+        self._job, self._layout, self._passes, self._stages = job, layout, passes, stages
+        self._microbatches = passes[LANGUAGE]
 
     def one_after_another(self) -> dict[str, float]:
         """Modules that share all ranks."""
         stages = [stage for module in self._stages.values() for stage in module]
-        seconds = _sum([stage.passes for stage in stages], self._microbatches)
+        seconds = _sum((stage.passes, self._passes[name]) for name, module in self._stages.items() for stage in module)
         seconds["bridge"] = self._microbatches * sum(
             self._fan_seconds(name) for name in self._stages if name != LANGUAGE
         )
@@ -263,7 +286,7 @@ class _Step:
         slowest = [max((self._stages[name][stage] for name, stage in places), key=_length) for places in in_order]
         lengths = [stage.passes.seconds + link for stage, link in zip(slowest, links, strict=True)]
         busiest = max(range(len(lengths)), key=lengths.__getitem__)
-        seconds = _sum([slowest[busiest].passes], self._microbatches)
+        seconds = _sum([(slowest[busiest].passes, self._microbatches)])
         kind = "bridge" if in_order[busiest][0][0] != LANGUAGE else "pp"
         seconds[kind] = seconds.get(kind, 0.0) + self._microbatches * links[busiest]
         seconds["bubble"] = sum(lengths) - lengths[busiest]
@@ -288,10 +311,10 @@ class _Step:
         return seconds
 
     def _fan_seconds(self, name: str) -> float:
-        """Colocated: lanes gather or cut what encoder lanes made, and their gradients."""
+        """Colocated: for a microbatch lanes gather or cut what encoder lanes made, and their gradients."""
         encoder, language = self._layout.modules[name], self._layout.modules[LANGUAGE]
         coarse, fine = sorted((encoder.dp, language.dp))
-        sent = self._stages[name][-1].cost.sent * encoder.dp / coarse
+        sent = self._stages[name][-1].cost.sent * self._passes[name] / self._microbatches * encoder.dp / coarse
         return self._job.machine.seconds(Transfer("bridge", "all_gather", sent), fine // coarse, encoder.tp)
 
     def _link_seconds(self, name: str, stage: int) -> float:
@@ -333,10 +356,10 @@ def _length(stage: StageEstimate) -> float:
     return stage.passes.seconds
 
 
-def _sum(passes: list[Pass], times: int) -> dict[str, float]:
-    seconds = {"compute": times * sum(one.compute for one in passes)}
-    for one in passes:
-        for kind, duration in one.traffic.items():
+def _sum(passes: Iterable[tuple[Pass, int]]) -> dict[str, float]:
+    """Seconds by cause of passes, each so many times."""
+    seconds: dict[str, float] = {}
+    for one, times in passes:
+        for kind, duration in (("compute", one.compute), *one.traffic.items(), ("dispatch", one.dispatch)):
             seconds[kind] = seconds.get(kind, 0.0) + times * duration
-    seconds["dispatch"] = times * sum(one.dispatch for one in passes)
     return seconds

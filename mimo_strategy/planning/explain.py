@@ -28,7 +28,10 @@ def short(layout: Layout) -> dict[str, str]:
 
 def as_yaml(estimate: Estimate) -> str:
     """The layout as a configuration of ``MimoHeteroStrategy``."""
-    lines = [f"num_microbatches: {estimate.num_microbatches}", "modules:"]
+    lines = [f"{name}: {getattr(estimate, name)}" for name in ("num_microbatches", "encoder_batching")]
+    if estimate.encoder_ahead:
+        lines.append(f"encoder_ahead: {estimate.encoder_ahead}")
+    lines.append("modules:")
     for name, module in estimate.layout.modules.items():
         settings = {"tp": module.tp, "dp": module.dp, "pp": module.pp, "ep": module.ep, "etp": module.etp}
         shown = {key: value for key, value in settings.items() if value > 1 or key == "dp"}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel
+from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel, Placement
+from mimo_strategy.layout_checks import encoder_schedule_failures
 from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Estimate, Estimator, Job
 from mimo_strategy.planning.groups import feeds, groups, lane_ranks, samples_per_lane
@@ -40,6 +41,8 @@ class LayoutReport:
         unknown: why there is no estimate.
         batch_size: samples of a step batch.
         num_microbatches: microbatches of a step.
+        encoder_batching: microbatches that encoders take at once.
+        encoder_ahead: microbatches that encoders run ahead.
         device_memory: bytes of a device.
     """
 
@@ -50,6 +53,8 @@ class LayoutReport:
     unknown: str
     batch_size: int | None
     num_microbatches: int
+    encoder_batching: int
+    encoder_ahead: int
     device_memory: float
 
     @cached_property
@@ -91,6 +96,8 @@ class LayoutReport:
             "overflow": self.overflow or None,
             "batch_size": self.batch_size,
             "num_microbatches": self.num_microbatches,
+            "encoder_batching": self.encoder_batching,
+            "encoder_ahead": self.encoder_ahead,
         }
         if self.layout is None:
             return told
@@ -154,11 +161,15 @@ def report_layout(
         layout = Layout.resolve(job.model.module_sizes(), world_size, modules)
     except LayoutError as error:
         failures, suggestion = error.failures, error.suggestion
+    if layout is not None:
+        share_ranks = layout.placement is Placement.COLOCATED
+        schedule = job.encoder_batching, job.encoder_ahead
+        failures = tuple(encoder_schedule_failures(layout.modules, *schedule, share_ranks=share_ranks))
     if layout is not None and job.batch_size:
         try:
             layout.check_batch(job.batch_size, num_microbatches)
         except ValueError as error:
-            failures = (str(error),)
+            failures += (str(error),)
     if layout is not None and not failures:
         try:
             if not job.batch_size:
@@ -174,5 +185,7 @@ def report_layout(
         unknown,
         job.batch_size or None,
         num_microbatches,
+        job.encoder_batching,
+        job.encoder_ahead,
         job.machine.memory,
     )

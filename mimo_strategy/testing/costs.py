@@ -51,6 +51,8 @@ def measure_costs(
     *,
     batch_size: int,
     num_microbatches: int = 1,
+    encoder_batching: int = 1,
+    encoder_ahead: int = 0,
     precision: str = "32-true",
     ddp: DistributedDataParallelConfig | None = None,
     num_steps: int = 1,
@@ -63,6 +65,8 @@ def measure_costs(
         make_batch: samples to train on, as many as asked for.
         batch_size: samples of a step, over all ranks.
         num_microbatches: microbatches of a step.
+        encoder_batching: as for ``MimoHeteroStrategy``.
+        encoder_ahead: as for ``MimoHeteroStrategy``.
         precision: of the Trainer.
         ddp: as for ``MimoHeteroStrategy``.
         num_steps: steps to time, after one that warms up.
@@ -79,6 +83,8 @@ def measure_costs(
         num_microbatches=num_microbatches,
         dtype=plugin.dtype,
         device=device,
+        encoder_batching=encoder_batching,
+        encoder_ahead=encoder_ahead,
     )
     optimizer = runtime.build_optimizer({name: OptimizerConfig(lr=1e-6) for name in layout.modules})
     batch = model.count_batch(make_batch(batch_size // runtime.share.num_lanes))
