@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from safetensors import safe_open
 
 from datamodules import DigitsDataModule, MockImageDataModule
-from mimo_strategy import Layout, ModuleParallel
+from mimo_strategy import DistributedDataParallelConfig, Layout, ModuleParallel
 from mimo_strategy.callbacks.captions import written_positions
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.main import VERBS, main
@@ -89,6 +89,18 @@ def test_overrides_reach_what_they_name():
     assert (run.num_microbatches, run.batch_size, run.world_size, run.precision) == (4, 8, 8, "bf16-true")
     assert (run.model.optimizer_config.lr, run.model.language.config.dropout) == (0.5, 0.25)
     assert run.model.sampling.top_p == 0.9
+
+
+def test_settings_of_data_parallelism_are_for_all_modules_or_by_name(tmp_path, capsys):
+    option = "--trainer.strategy.ddp"
+    of_all = read_run(["--config", DIGITS, f"{option}.use_distributed_optimizer=true"]).ddp
+    assert of_all == DistributedDataParallelConfig(use_distributed_optimizer=True)
+    by_name = ["--config", DIGITS, f'{option}={{"images": {{"overlap_grad_reduce": true}}}}']
+    assert read_run(by_name).ddp == {"images": DistributedDataParallelConfig(overlap_grad_reduce=True)}
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(print_config(capsys, *by_name))
+    changed = ["--config", str(printed), f"{option}.images.bucket_size=7"]
+    assert read_run(changed).ddp == {"images": DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=7)}
 
 
 @pytest.mark.parametrize("file", ["mimo_hetero", {"class_path": "mimo_strategy.MimoHeteroStrategy"}, None])

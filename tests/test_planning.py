@@ -20,6 +20,7 @@ from mimo_strategy.planning.machine import MACHINES, read_machine, write_machine
 from mimo_strategy.planning.memory import Training, gibibytes
 from mimo_strategy.planning.report import report_layout
 from mimo_strategy.planning.search import candidates, search
+from mimo_strategy.runtime.data_parallel import resolve_ddp
 from mimo_strategy.testing import run_on_ranks
 from mimo_strategy.testing.costs import KeptActivations, MeasuredCosts, ModuleBytes, measure_costs
 from modules import NEMOTRON_54_LAYERS, MambaMoEConfig, NemotronVLM, RadioConfig
@@ -88,19 +89,23 @@ exhaustive = pytest.mark.exhaustive
         (COLOCATED_4, "bf16-mixed", SHARDED, False),
         (APART_2, "32-true", WHOLE, False),
         (WHOLE_EXPERTS_2, "bf16-true", SHARDED, False),
-        (PIPELINED_3, "bf16-mixed", BUCKETS, True),
+        (PIPELINED_3, "bf16-mixed", {"images": WHOLE, "language": BUCKETS}, True),
         pytest.param(COLOCATED_4, "32-true", SHARDED, False, marks=exhaustive),
         pytest.param(COLOCATED_4, "32-true", SHARDED, True, marks=exhaustive),
         pytest.param(COLOCATED_4, "bf16-true", BUCKETS, False, marks=exhaustive),
         pytest.param(COLOCATED_4, "bf16-mixed", WHOLE, False, marks=exhaustive),
         pytest.param(EXPERT_TP_4, "bf16-mixed", BUCKETS, False, marks=exhaustive),
         pytest.param(EXPERT_TP_4, "32-true", SHARDED, False, marks=exhaustive),
+        pytest.param(PIPELINED_3, "bf16-mixed", BUCKETS, True, marks=exhaustive),
         pytest.param(PIPELINED_3, "32-true", WHOLE, False, marks=exhaustive),
         pytest.param(None, "32-true", BUCKETS, False, marks=exhaustive),
     ],
 )
 def test_runs_hold_the_bytes_that_were_told(
-    modules: dict[str, ModuleParallel] | None, precision: str, ddp: DistributedDataParallelConfig, recompute: bool
+    modules: dict[str, ModuleParallel] | None,
+    precision: str,
+    ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig],
+    recompute: bool,
 ) -> None:
     batch_size, num_microbatches = 8, 2
     world_size = 3 if modules is PIPELINED_3 else 2 if modules in (APART_2, WHOLE_EXPERTS_2) else 4
@@ -118,7 +123,9 @@ def test_runs_hold_the_bytes_that_were_told(
             ddp=ddp,
         )
 
-    job = Job(model, batch_size, LENGTH, {"images": 1}, Training.of(ddp, precision), MACHINES["cpu"])
+    of_modules = resolve_ddp(layout.modules, ddp, on_gpus=False)
+    trainings = {name: Training.of(config, precision) for name, config in of_modules.items()}
+    job = Job(model, batch_size, LENGTH, {"images": 1}, Training(precision), MACHINES["cpu"], trainings=trainings)
     report = report_layout(job, world_size, modules, num_microbatches)
     for rank, measured in enumerate(run_on_ranks(on_rank, world_size)):
         told = {name: report.memory(report.layout.modules[name], rank) for name in measured.modules}

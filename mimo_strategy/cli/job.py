@@ -5,13 +5,15 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from mimo_strategy.checks import check_ddp
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.run_config import RunConfig, read_run
+from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Job
 from mimo_strategy.planning.machine import MACHINES, Machine, read_machine
 from mimo_strategy.planning.memory import Training
-from mimo_strategy.runtime.data_parallel import default_ddp_config
+from mimo_strategy.runtime.data_parallel import resolve_ddp
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -39,7 +41,8 @@ def read_job(options: argparse.Namespace, overrides: list[str]) -> tuple[RunConf
     """The run as configured, the step to estimate, and the world size.
 
     Raises:
-        UsageError: if the world size is not known, a number is not positive, or the profile cannot be read.
+        UsageError: if the world size is not known, a number is not positive, the profile cannot be read, or settings
+            are of a module that the model does not have.
     """
     for option in ("world_size", "batch_size", "sequence_length"):
         if getattr(options, option) is not None and getattr(options, option) < 1:
@@ -54,13 +57,21 @@ def read_job(options: argparse.Namespace, overrides: list[str]) -> tuple[RunConf
         # a model without costs has a layout all the same
         longest, items = 1, {}
     machine = _machine(options)
+    sizes = run.model.module_sizes()
+    try:
+        check_ddp(sizes, run.ddp)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    ddp = resolve_ddp(sizes, run.ddp, on_gpus=machine.runs_ahead)
+    trainings = {name: Training.of(config, run.precision) for name, config in ddp.items()}
     job = Job(
         run.model,
         options.batch_size or run.batch_size or 0,
         options.sequence_length or longest,
         items,
-        Training.of(run.ddp or default_ddp_config(on_gpus=machine.runs_ahead), run.precision),
+        trainings[LANGUAGE],
         machine,
+        trainings=trainings,
     )
     return run, job, world_size
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import override
+from typing import Any, override
 
 from jsonargparse import Namespace
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -20,7 +20,8 @@ class RunConfig:
         model: instantiated; nothing of it is built.
         modules: layout asked for, by module name; ``None`` is the strategy's default.
         num_microbatches: microbatches per step.
-        ddp: settings of gradient reduction and the distributed optimizer; ``None`` is the strategy's default.
+        ddp: settings of gradient reduction and the distributed optimizer, for all modules or by module name; ``None``
+            is the strategy's default.
         batch_size: samples of a step batch, if the data say so.
         precision: the Trainer's.
         world_size: devices x nodes, if both are numbers.
@@ -29,7 +30,7 @@ class RunConfig:
     model: MimoModule
     modules: Mapping[str, ModuleParallel] | None
     num_microbatches: int
-    ddp: DistributedDataParallelConfig | None
+    ddp: DistributedDataParallelConfig | Mapping[str, DistributedDataParallelConfig] | None
     batch_size: int | None
     precision: str
     world_size: int | None
@@ -51,11 +52,17 @@ def read_run(arguments: list[str]) -> RunConfig:
         model=reader.model,
         modules=modules and {name: ModuleParallel(**vars(parallel)) for name, parallel in modules.items()},
         num_microbatches=settings.get("num_microbatches", 1),
-        ddp=ddp and DistributedDataParallelConfig(**vars(ddp)),
+        ddp=ddp and _ddp(ddp),
         batch_size=getattr(reader.datamodule, "batch_size", None),
         precision=str(trainer["precision"] or "32-true"),
         world_size=_world_size(trainer["devices"], trainer["num_nodes"]),
     )
+
+
+def _ddp(settings: Namespace | dict[str, Namespace]) -> DistributedDataParallelConfig | dict[str, Any]:
+    if isinstance(settings, dict):
+        return {name: _ddp(of_module) for name, of_module in settings.items()}
+    return DistributedDataParallelConfig(**vars(settings))
 
 
 def _world_size(devices: list[int] | str | int, num_nodes: int) -> int | None:

@@ -1,7 +1,7 @@
 """Time of a step and memory of a rank in one layout."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class Job:
         training: how parameters are kept and updated.
         machine: rates of the ranks.
         fused: whether layers are Transformer Engine's; by default on machines that run ahead of their host.
+        trainings: of the modules whose parameters are reduced or updated in another way than ``training``.
     """
 
     model: Costs
@@ -48,6 +49,7 @@ class Job:
     training: Training
     machine: Machine
     fused: bool | None = None
+    trainings: Mapping[str, Training] = field(default_factory=dict)
 
     def workload(self, dp: int, num_microbatches: int) -> Workload:
         """A microbatch of one of ``dp`` lanes."""
@@ -186,17 +188,18 @@ class Estimator:
 
     def _stage(self, layout: ModuleLayout, cost: ModuleCost, stage: int) -> StageEstimate:
         machine, layers = self.job.machine, cost.stages[stage]
+        training = self.job.trainings.get(layout.name, self.job.training)
         if (layout, stage) not in self._memories:
-            self._memories[layout, stage] = stage_memory(layout, cost, stage, self.job.training)
+            self._memories[layout, stage] = stage_memory(layout, cost, stage, training)
         memory = self._memories[layout, stage]
         reduction = 0.0
         for buffer, size, stride in (
             (memory.dense, layout.dp * layout.cp, layout.tp),
             (memory.experts, layout.edp, layout.etp * layout.ep),
         ):
-            gradients = buffer.elements * self.job.training.gradient_size
-            parameters = buffer.elements * self.job.training.element_size
-            if self.job.training.shards_optimizer:
+            gradients = buffer.elements * training.gradient_size
+            parameters = buffer.elements * training.element_size
+            if training.shards_optimizer:
                 reduction += machine.seconds(Transfer("dp", "reduce_scatter", gradients), size, stride)
                 reduction += machine.seconds(Transfer("dp", "all_gather", parameters), size, stride)
             else:

@@ -43,7 +43,7 @@ class MimoRuntime:
     Args:
         model: this rank's part of the model; wrapped in place.
         topology: grids and groups; the runtime destroys it.
-        ddp_config: how gradients are reduced and optimizer states sharded, for every module.
+        ddp_configs: how gradients are reduced and optimizer states sharded, by module.
         num_microbatches: microbatches per step.
         dtype: dtype of the parameters.
         device: device of this rank.
@@ -61,7 +61,7 @@ class MimoRuntime:
         model: HeteroMimoModel,
         topology: Topology,
         *,
-        ddp_config: DistributedDataParallelConfig,
+        ddp_configs: Mapping[str, DistributedDataParallelConfig],
         num_microbatches: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -71,7 +71,7 @@ class MimoRuntime:
         self.topology = topology
         self.encoder_batching = encoder_batching
         self.num_microbatches = num_microbatches
-        self._ddp_config = ddp_config
+        self._ddp_configs = ddp_configs
         self._dtype = dtype
         self.device = device
         self.sums = StepSums(device)
@@ -81,7 +81,7 @@ class MimoRuntime:
         self._expert_load: ExpertLoad | None = None
         self._encoding: EncoderBatching | None = None
         self._parameters_may_be_stale = False
-        wrap_modules(model, topology, ddp_config, dtype)
+        wrap_modules(model, topology, ddp_configs, dtype)
         if topology.runs(LANGUAGE) and model.config.num_moe_experts:
             self._expert_load = ExpertLoad(
                 model.language_model, topology.groups[LANGUAGE], model.config.num_moe_experts, device
@@ -113,12 +113,12 @@ class MimoRuntime:
         config = self.model.config
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = _unscaled
-        if self._ddp_config.overlap_grad_reduce:
+        if any(ddp.overlap_grad_reduce for ddp in self._ddp_configs.values()):
             config.no_sync_func = self.model.no_sync
 
     def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> HeteroOptimizer:
         """megatron-core's optimizer of all modules, from settings by module."""
-        optimizer = build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
+        optimizer = build_optimizer(self.model, self.topology, configs, self._ddp_configs, self._dtype)
         self.model.config.grad_scale_func = _unscaled if optimizer.grad_scaler is None else optimizer.scale_loss
         return optimizer
 
@@ -149,7 +149,7 @@ class MimoRuntime:
                 self._expert_load.clear()
             # FP32Optimizer makes main_grad a parameter's grad: the next backward would add to it twice
             self.model.zero_grad()
-            self._parameters_may_be_stale = self._ddp_config.overlap_param_gather
+            self._parameters_may_be_stale = True
         else:
             self.gather_parameters()
 
@@ -198,8 +198,8 @@ class MimoRuntime:
         whatever else reads the parameters must ask for it.
         """
         if self._parameters_may_be_stale:
-            for module in self.model.own_modules().values():
-                module.start_param_sync(force_sync=True)
+            # of those modules that gather in the forward
+            self.model.start_param_sync(force_sync=True)
             self._parameters_may_be_stale = False
 
     def _microbatches(self, batch: Batch) -> list[Microbatch]:
