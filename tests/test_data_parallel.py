@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from lightning.pytorch import seed_everything
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from tiny_runs import BATCH_SIZE, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader
@@ -66,23 +65,6 @@ def test_settings_reach_the_module_that_they_name():
 
     for of_rank in run_on_ranks(settings, 2):
         assert of_rank == {"images": (True, False, 20_000, {False}), "language": (False, True, None, {True})}
-
-
-def test_evaluation_sees_the_parameters_of_every_module_after_a_step(on_ranks):
-    """One module has gathered them in the step, the other does so when it is asked."""
-
-    def losses():
-        def evaluated(ddp):
-            seed_everything(1, verbose=False)
-            module = vision_language()
-            trainer = make_trainer(MimoHeteroStrategy(COLOCATED, ddp=ddp), max_steps=2, limit_val_batches=1)
-            trainer.fit(module, make_data())
-            return trainer.validate(module, make_data(), verbose=False)[0]["val_loss"]
-
-        return evaluated({"images": OVERLAPPED}), evaluated(None)
-
-    for mixed, default in on_ranks(losses, 2):
-        assert mixed == pytest.approx(default, rel=1e-5)
 
 
 @pytest.mark.parametrize(
