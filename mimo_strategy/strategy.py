@@ -171,6 +171,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         """
         check_trainer(trainer)
         check_module(model)
+        model.check_machine(self.precision_plugin.dtype)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
         check_encoder_batching(self.layout, self._encoder_batching)
         check_ddp(self.layout.modules, self._ddp)

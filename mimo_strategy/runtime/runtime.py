@@ -1,6 +1,7 @@
 """Run training, evaluation and generation steps of a model of several modules."""
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
@@ -210,10 +212,35 @@ class MimoRuntime:
                 f"sequences of {length} tokens cannot be cut over tp {tp} of {LANGUAGE}; pad them to "
                 f"{(length // tp + 1) * tp}"
             )
+        self._check_fp8_tokens(len(batch["input_ids"]), length)
         cut = zip(
             self.share.microbatches(batch), self.share.bridge_parts(batch, self.model.special_token_ids), strict=True
         )
         return [Microbatch(*microbatch) for microbatch in cut]
+
+    def _check_fp8_tokens(self, num_samples: int, length: int) -> None:
+        """Check that a rank of the language model gets as many tokens of a microbatch as fp8 takes.
+
+        Args:
+            num_samples: of this rank's share.
+            length: of their sequences.
+
+        Raises:
+            ValueError: if it has not; on every rank, also of other modules.
+        """
+        language = self.model.config
+        if not language.fp8:
+            return
+        multiple = get_fp8_align_size(language.fp8_recipe)
+        parts = self.topology.layout.modules[LANGUAGE].dp * self._num_microbatches
+        samples = num_samples * self.share.num_lanes // parts
+        tp = language.tensor_model_parallel_size if language.sequence_parallel else 1
+        unit = tp * multiple // math.gcd(samples, multiple)
+        if length % unit:
+            raise ValueError(
+                f"fp8 takes multiples of {multiple} tokens on a rank, but a microbatch of {LANGUAGE} has {samples} "
+                f"sample(s) of {length} tokens, over tp {tp}; pad them to {-(-length // unit) * unit}"
+            )
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
