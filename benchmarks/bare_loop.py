@@ -34,7 +34,8 @@ class BareLoop:
         self._topology = Topology(layout)
         self._model = build_model(description, self._topology, dtype=torch.float32, device=torch.device("cpu"), seed=1)
         description.model = self._model
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        config_of_all = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        ddp = dict.fromkeys(self._topology.grids, config_of_all)
         wrap_modules(self._model, self._topology, ddp, torch.float32)
         self._schedule = Schedule(self._model, self._topology)
         self._model.config.finalize_model_grads_func = self._finalize

@@ -4,19 +4,21 @@
 
 Each loop makes its model, process groups and optimizer, and destroys them before the next one. The model is RADIO
 ViT-H on an image of 1024 x 2048 pixels a sample, and a language model of 20 layers with 8 experts for each GPU on
-sequences of 4,096 tokens, of which 2,048 are the image's; a step has 2 samples for each GPU. ``--tiny`` takes a tiny
-model, on CPUs where there is no GPU, to try the script.
+sequences of 4,096 tokens, of which 2,048 are the image's; a step has 2 samples for each GPU. On GPUs of too little
+memory the language model is made smaller, and cases that still do not fit are left out. One GPU is enough for the
+colocated cases. ``--tiny`` takes a tiny model, on CPUs where there is no GPU, to try the script.
 """
 
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -26,15 +28,17 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.gpu_measure import Measured, Stopwatch, matmul_rate
-from benchmarks.gpu_report import table
+from benchmarks.gpu_report import heading, table
+from benchmarks.gpu_sizes import SIZES, Sizes, fits, needed_bytes
 from benchmarks.megatron_loop import IMAGES, MegatronLoop
 from datamodules import collate
 from mimo_strategy import DistributedDataParallelConfig, Layout, MimoHeteroStrategy, ModuleParallel, OptimizerConfig
 from mimo_strategy.layout import LANGUAGE
+from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.runtime import data_parallel
 from mimo_strategy.runtime.data_parallel import DistributedDataParallel
 from mimo_strategy.runtime.schedule import release_unused_bridges
-from modules import MambaMoEConfig, NemotronVLM, RadioConfig, transformer
+from modules import MambaMoEConfig, NemotronVLM, RadioConfig, fp8, transformer
 
 IMAGE_TOKEN = 511
 
@@ -53,6 +57,8 @@ class Case:
         batch_size: samples per step.
         encoder_batching: microbatches that an encoder takes at once.
         encoder_ahead: microbatches that an encoder runs ahead.
+        class_tokens: of the encoder; with 16 its tokens are a multiple of 16.
+        fp8: whether encoder and language model multiply in fp8.
     """
 
     name: str
@@ -63,20 +69,32 @@ class Case:
     batch_size: int
     encoder_batching: int = 1
     encoder_ahead: int = 0
+    class_tokens: int = 8
+    fp8: bool = False
 
 
 def cases(num_gpus: int) -> list[Case]:
-    """What is measured on so many GPUs, an even number."""
-    half, batch = num_gpus // 2, 2 * num_gpus
+    """What is measured on so many GPUs: one, or an even number."""
+    batch = 2 * num_gpus
     everywhere = ModuleParallel(dp=num_gpus)
     experts = ModuleParallel(dp=num_gpus, ep=num_gpus)
-    sharded = ModuleParallel(tp=num_gpus, ep=num_gpus)
-    first, last = ModuleParallel(dp=half), ModuleParallel(dp=half, ep=half, rank_offset=half)
-    return [
+    colocated = [
         *(Case("colocated", loop, everywhere, experts, 1, batch) for loop in ("megatron", "plain", "strategy")),
+        *(Case("encoder batching", "strategy", everywhere, experts, 4, 2 * batch, size) for size in (1, 4)),
+        *(
+            Case("fp8", "strategy", everywhere, experts, 1, batch, class_tokens=16, fp8=in_fp8)
+            for in_fp8 in (False, True)
+        ),
+    ]
+    if num_gpus == 1:
+        return colocated
+    half = num_gpus // 2
+    first, last = ModuleParallel(dp=half), ModuleParallel(dp=half, ep=half, rank_offset=half)
+    sharded = ModuleParallel(tp=num_gpus, ep=num_gpus)
+    return [
+        *colocated,
         *(Case("non-colocated", loop, first, last, 4, batch) for loop in ("megatron", "strategy")),
         *(Case("non-colocated", "strategy", first, last, 4, batch, encoder_ahead=ahead) for ahead in (1, 2)),
-        *(Case("encoder batching", "strategy", everywhere, experts, 4, 2 * batch, size) for size in (1, 4)),
         Case("heterogeneous", "strategy", everywhere, sharded, 2, batch),
         Case("homogeneous", "strategy", ModuleParallel(tp=num_gpus), sharded, 4, batch),
     ]
@@ -131,21 +149,43 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     num_gpus: int
+    sizes: Sizes = SIZES[0]
 
-    def model(self, optimizer: OptimizerConfig | None = None) -> NemotronVLM:
+    def model(self, case: Case) -> NemotronVLM:
+        encoder = {"class_tokens": case.class_tokens, "fp8": case.fp8}
         if self.tiny:
-            radio, language = RadioConfig.tiny(), MambaMoEConfig.tiny(vocab_size=1024, pattern="M*E-")
+            radio = RadioConfig.tiny(**encoder)
+            # Mamba's projection has a size that fp8 takes
+            language = MambaMoEConfig.tiny(vocab_size=1024, pattern="M*E-", mamba_num_heads=32, fp8=case.fp8)
         else:
-            radio = RadioConfig(image_height=1024, image_width=2048)
-            language = MambaMoEConfig(max_sequence_length=4096, num_experts=8 * self.num_gpus)
+            radio = RadioConfig(image_height=1024, image_width=2048, **encoder)
+            language = MambaMoEConfig(
+                pattern=self.sizes.pattern,
+                max_sequence_length=4096,
+                num_experts=max(8, self.sizes.experts * self.num_gpus),
+                vocab_size=self.sizes.vocabulary,
+                fp8=case.fp8,
+            )
         return NemotronVLM(
-            radio, language, image_token_id=IMAGE_TOKEN, end_token_id=0, optimizer=optimizer or OptimizerConfig(lr=2e-4)
+            radio, language, image_token_id=IMAGE_TOKEN, end_token_id=0, optimizer=OptimizerConfig(lr=2e-4)
+        )
+
+    def layout(self, case: Case) -> Layout:
+        modules = {IMAGES: case.images, LANGUAGE: case.language}
+        return Layout.resolve(self.model(case).module_sizes(), self.num_gpus, modules)
+
+    def needed_bytes(self, case: Case) -> float:
+        return needed_bytes(
+            self.model(case),
+            self.layout(case),
+            loop=case.loop,
+            microbatches=case.microbatches,
+            batch_size=case.batch_size,
+            encoder_batching=case.encoder_batching,
         )
 
     def measure(self, case: Case) -> Measured:
-        layout = Layout.resolve(
-            self.model().module_sizes(), dist.get_world_size(), {IMAGES: case.images, LANGUAGE: case.language}
-        )
+        layout = self.layout(case)
         stopwatch = Stopwatch(self.warmup, self.steps, layout.placement)
         run = self._megatron if case.loop == "megatron" else self._strategy
         with nullcontext() if case.loop == "strategy" else plain_kernels():
@@ -155,7 +195,7 @@ class Bench:
 
     def step_flops(self, case: Case) -> float:
         """Of the model, for a step batch: three times the forward pass of both modules."""
-        model = self.model()
+        model = self.model(case)
         batch = {
             "input_ids": torch.empty(case.batch_size, model.language.config.max_sequence_length),
             IMAGES: range(case.batch_size),
@@ -167,7 +207,9 @@ class Bench:
         config = OptimizerConfig(
             lr=2e-4, clip_grad=1.0, use_distributed_optimizer=True, bf16=half, params_dtype=self.dtype
         )
-        loop = MegatronLoop(self.model(), layout, case.microbatches, case.batch_size, config, self.dtype, self.device)
+        loop = MegatronLoop(
+            self.model(case), layout, case.microbatches, case.batch_size, config, self.dtype, self.device
+        )
         for _ in range(stopwatch.total):
             loop.step()
             stopwatch.step_ended()
@@ -200,7 +242,7 @@ class Bench:
             limit_val_batches=0,
             callbacks=[Watches(stopwatch)],
         )
-        model = self.model()
+        model = self.model(case)
         data = DataLoader(Samples(model, self.dtype), case.batch_size, collate_fn=collate, num_workers=2)
         trainer.fit(model, data)
         model.runtime.destroy()
@@ -257,6 +299,30 @@ def of_all_ranks(measured: Measured) -> dict[str, Any]:
     return asdict(measured) | worst | {"median": measured.median} | shares
 
 
+def device_memory() -> int:
+    """Bytes of the smallest of all ranks' GPUs."""
+    memory = torch.tensor(torch.cuda.get_device_properties().total_memory, device="cuda")
+    dist.all_reduce(memory, op=dist.ReduceOp.MIN)
+    return int(memory)
+
+
+def largest_that_fits(bench: Bench, case: Case, memory: float) -> Bench:
+    """With the largest sizes for which ``case`` fits the memory, or the smallest of all."""
+    benches = [replace(bench, sizes=sizes) for sizes in SIZES]
+    return next((each for each in benches if fits(each.needed_bytes(case), memory)), benches[-1])
+
+
+def why_not(bench: Bench, case: Case, memory: float) -> str | None:
+    """Why a case cannot be measured here, if so."""
+    if case.fp8:
+        try:
+            fp8.check_machine(bench.dtype)
+        except ValueError as error:
+            return str(error)
+    needed = bench.needed_bytes(case)
+    return None if fits(needed, memory) else f"may need {gibibytes(needed)}, of {gibibytes(memory)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--warmup", type=int, default=4, help="steps to leave out")
@@ -264,6 +330,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of the cases to measure")
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="a tiny model")
+    parser.add_argument("--memory", type=float, help="GiB of a GPU that may be used (default: all of it)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     on_gpu = torch.cuda.is_available()
@@ -271,23 +338,26 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    bench = Bench(
-        options.tiny,
-        options.warmup,
-        options.steps,
-        device,
-        torch.bfloat16 if on_gpu else torch.float32,
-        dist.get_world_size(),
-    )
+    dtype, world_size = torch.bfloat16 if on_gpu else torch.float32, dist.get_world_size()
+    memory = options.memory * 2**30 if options.memory else device_memory() if on_gpu else math.inf
+    bench = Bench(options.tiny, options.warmup, options.steps, device, dtype, world_size)
+    every_case = cases(world_size)
+    if not options.tiny:
+        bench = largest_that_fits(bench, every_case[0], memory)
     report = {
-        "machine": f"{dist.get_world_size()} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}",
+        "machine": f"{world_size} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}",
+        "model": "tiny" if options.tiny else str(bench.sizes),
         "matmul": matmul_rate() if on_gpu else 1.0,
-        "sequence": bench.model().language.config.max_sequence_length,
+        "sequence": bench.model(every_case[0]).language.config.max_sequence_length,
         "cases": [],
     }
     say: Callable[..., None] = print if dist.get_rank() == 0 else lambda *_, **__: None
-    for case in cases(dist.get_world_size()):
+    say(heading(report), flush=True)
+    for case in every_case:
         if options.only and case.name not in options.only:
+            continue
+        if reason := why_not(bench, case, memory):
+            say(f"left out: {case.name}, {case.loop}: {reason}", flush=True)
             continue
         measured = of_all_ranks(bench.measure(case))
         report["cases"].append(asdict(case) | measured | {"flops": bench.step_flops(case)})

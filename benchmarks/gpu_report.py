@@ -12,6 +12,15 @@ _LABELS = {"megatron": "megatron-core alone", "plain": "strategy, same settings"
 _COLORS = {"compute": "#3b6ea5", "collectives": "#e0a030", "bridge": "#b04a5a", "idle": "#d8d8d8"}
 
 
+def heading(report: dict[str, Any]) -> str:
+    """Machine and model."""
+    rate = report["matmul"] / 1e12
+    return (
+        f"{report['machine']}, bf16 product of 8192 x 8192 matrices: {rate:.0f} TFLOP/s; "
+        f"language model: {report['model']}"
+    )
+
+
 def table(report: dict[str, Any]) -> str:
     """All cases as a Markdown table."""
     header = [
@@ -45,8 +54,12 @@ def _row(case: dict[str, Any], report: dict[str, Any]) -> list[str]:
 
 def _label(case: dict[str, Any]) -> str:
     size, ahead = case["encoder_batching"], case["encoder_ahead"]
-    batching = f", encoder takes {size} at once" if size > 1 else ""
-    return _LABELS[case["loop"]] + batching + (f", encoder {ahead} ahead" if ahead else "")
+    return (
+        _LABELS[case["loop"]]
+        + (f", encoder takes {size} at once" if size > 1 else "")
+        + (f", encoder {ahead} ahead" if ahead else "")
+        + (", fp8" if case["fp8"] else "")
+    )
 
 
 def _layout(module: dict[str, Any]) -> str:
@@ -79,7 +92,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="image to write")
     options = parser.parse_args()
     report = json.loads(options.report.read_text())
-    print(f"{report['machine']}, bf16 product of 8192 x 8192 matrices: {report['matmul'] / 1e12:.0f} TFLOP/s\n")
+    print(heading(report), end="\n\n")
     print(table(report))
     if options.plot:
         plot(report, options.plot)

@@ -1,7 +1,7 @@
 """What cannot work, refused in one process before any rank starts: arguments, Trainer flags, callbacks and data."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -85,20 +85,26 @@ def check_arguments(
         _check_time("watchdog", watchdog)
     if on_save_failure not in get_args(OnFailure):
         raise ValueError(f"on_save_failure must be one of {get_args(OnFailure)}, got {on_save_failure!r}")
-    if ddp is None:
-        return
+    if isinstance(ddp, Mapping):
+        for name, config in ddp.items():
+            _check_ddp_config(f"[{name!r}]", config)
+    elif ddp is not None:
+        _check_ddp_config("", ddp)
+
+
+def _check_ddp_config(key: str, ddp: Any) -> None:
     if not isinstance(ddp, DistributedDataParallelConfig):
-        raise TypeError(f"ddp must be a DistributedDataParallelConfig, got {ddp!r}")
+        raise TypeError(f"ddp{key} must be a DistributedDataParallelConfig, got {ddp!r}")
     for setting, (valid, why) in _DDP_SETTINGS.items():
         value = getattr(ddp, setting)
         if value != valid:
-            raise ValueError(f"ddp.{setting}={value!r} is not supported, only {valid!r}: {why}")
+            raise ValueError(f"ddp{key}.{setting}={value!r} is not supported, only {valid!r}: {why}")
     for setting, needed in (
         ("overlap_param_gather", "use_distributed_optimizer"),
         ("overlap_param_gather", "overlap_grad_reduce"),
     ):
         if getattr(ddp, setting) and not getattr(ddp, needed):
-            raise ValueError(f"ddp.{setting}=True needs ddp.{needed}=True, got {getattr(ddp, needed)}")
+            raise ValueError(f"ddp{key}.{setting}=True needs ddp{key}.{needed}=True, got {getattr(ddp, needed)}")
 
 
 def _check_time(name: str, value: Any) -> None:
@@ -169,6 +175,21 @@ def check_encoder_scheduling(layout: Layout, encoder_batching: int, encoder_ahea
     failures = list(encoder_schedule_failures(layout.modules, encoder_batching, encoder_ahead, share_ranks=share_ranks))
     if failures:
         raise LayoutError(*failures)
+
+
+def check_ddp(names: Collection[str], ddp: Any) -> None:
+    """Check that settings of data parallelism by module name are of modules that there are.
+
+    Args:
+        names: of the model's modules.
+        ddp: as the strategy takes it.
+
+    Raises:
+        ValueError: if a name is of no module.
+    """
+    unknown = sorted(ddp.keys() - set(names)) if isinstance(ddp, Mapping) else []
+    if unknown:
+        raise ValueError(f"ddp has settings for {', '.join(unknown)}, but the modules are {', '.join(names)}")
 
 
 def check_data(layout: Layout, num_microbatches: int, *sources: Any) -> None:

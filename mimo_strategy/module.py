@@ -142,6 +142,13 @@ class MimoModule(LightningModule):
             return
         load_weights(self.model, path, modules=modules, strict=strict).warn(path)
 
+    def check_machine(self, dtype: torch.dtype) -> None:
+        """Check, before other ranks start, that this machine can run the modules in ``dtype``; optional.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+
     def check_batch(self, batch: Any) -> None:
         """Check what a loader yielded, before it is moved to the device; extend it by what the modules expect.
 

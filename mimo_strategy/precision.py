@@ -36,6 +36,11 @@ class MegatronPrecision(Precision):
     """
 
     def __init__(self, precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"]) -> None:
+        if precision in ("transformer-engine", "transformer-engine-float16"):
+            raise ValueError(
+                f"precision {precision!r} is not supported: modules choose fp8 for themselves, with "
+                "RadioConfig(fp8=True) and MambaMoEConfig(fp8=True) under precision 'bf16-mixed' or 'bf16-true'"
+            )
         if precision not in _DTYPES:
             raise ValueError(f"precision {precision!r} is not supported; choose one of {sorted(_DTYPES)}")
         self.precision = precision

@@ -29,7 +29,14 @@ from mimo_strategy.callbacks.summary import show_all_modules
 from mimo_strategy.checkpoint.directory import newest_whole, remove
 from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
-from mimo_strategy.checks import check_arguments, check_data, check_encoder_scheduling, check_module, check_trainer
+from mimo_strategy.checks import (
+    check_arguments,
+    check_data,
+    check_ddp,
+    check_encoder_scheduling,
+    check_module,
+    check_trainer,
+)
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
@@ -39,7 +46,7 @@ from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.preemption import Preemption
 from mimo_strategy.registration import NAME
-from mimo_strategy.runtime.data_parallel import default_ddp_config
+from mimo_strategy.runtime.data_parallel import resolve_ddp
 from mimo_strategy.runtime.runtime import MimoRuntime, release_abandoned
 from mimo_strategy.step_batch import StepShare, count_items
 from mimo_strategy.topology import Topology
@@ -60,8 +67,9 @@ class MimoHeteroStrategy(ParallelStrategy):
         modules: layout by module name; ``None`` is colocated with tp 1, dp = world and ep the largest divisor of
             the number of experts that fits.
         num_microbatches: microbatches per step.
-        ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module; ``None``
-            is the distributed optimizer, on GPUs with gradients that are reduced during the backward.
+        ddp: megatron-core's settings for gradient reduction and the distributed optimizer, for every module or by
+            module name. The default, also of modules without a name there, is the distributed optimizer, on GPUs with
+            gradients that are reduced during the backward.
         encoder_batching: microbatches that encoders which share the ranks of the language model take at once in
             training: fewer and larger kernels, and gradients are returned once. Their activations are kept for as
             many microbatches. It divides ``num_microbatches``; 1 is one by one.
@@ -85,7 +93,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         self,
         modules: Mapping[str, ModuleParallel] | None = None,
         num_microbatches: int = 1,
-        ddp: DistributedDataParallelConfig | None = None,
+        ddp: Mapping[str, DistributedDataParallelConfig] | DistributedDataParallelConfig | None = None,
         encoder_batching: int = 1,
         encoder_ahead: int = 0,
         timeout: timedelta = DEFAULT_TIMEOUT,
@@ -170,8 +178,10 @@ class MimoHeteroStrategy(ParallelStrategy):
         """
         check_trainer(trainer)
         check_module(model)
+        model.check_machine(self.precision_plugin.dtype)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
         check_encoder_scheduling(self.layout, self._encoder_batching, self._encoder_ahead)
+        check_ddp(self.layout.modules, self._ddp)
         check_data(self.layout, self._num_microbatches, *data)
 
     @override
@@ -243,11 +253,12 @@ class MimoHeteroStrategy(ParallelStrategy):
         self.model_to_device()
         module = self.lightning_module
         if self.runtime is None:
-            ddp = self._ddp or default_ddp_config(on_gpus=self.root_device.type == "cuda")
+            ddp = resolve_ddp(self.layout.modules, self._ddp, on_gpus=self.root_device.type == "cuda")
+            in_fp32 = self.precision_plugin.reduces_gradients_in_fp32
             self.runtime = MimoRuntime(
                 module.model,
                 self.topology,
-                ddp_config=replace(ddp, grad_reduce_in_fp32=self.precision_plugin.reduces_gradients_in_fp32),
+                ddp_configs={name: replace(config, grad_reduce_in_fp32=in_fp32) for name, config in ddp.items()},
                 num_microbatches=self._num_microbatches,
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,

@@ -1,6 +1,7 @@
 """The process groups of a layout: one grid and one process-group collection per module, made and destroyed here."""
 
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from unittest import mock
 
@@ -159,6 +160,7 @@ class Topology:
             if self.runs(name):
                 self.groups[name] = collect_groups(self.grids[name])
                 vars(self.groups[name]).update(embedding_groups)
+        _alive.add(self)
         if parallel_state._GLOBAL_MEMORY_BUFFER is None:
             parallel_state._set_global_memory_buffer()
         if dist.get_backend() == "gloo":
@@ -203,8 +205,13 @@ class Topology:
         }
 
     def destroy(self) -> None:
-        """Destroy every process group made here."""
+        """Destroy every process group made here, and the memory buffer with the last topology."""
         self._process_groups.destroy()
         self.grids.clear()
         self.groups.clear()
-        parallel_state._GLOBAL_MEMORY_BUFFER = None
+        _alive.discard(self)
+        if not _alive:
+            parallel_state._GLOBAL_MEMORY_BUFFER = None
+
+
+_alive: "weakref.WeakSet[Topology]" = weakref.WeakSet()

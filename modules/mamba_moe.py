@@ -14,6 +14,7 @@ from mimo_strategy.layout import LANGUAGE, ModuleLayout, ModuleSizes
 from mimo_strategy.module import MimoModule
 from mimo_strategy.planning.cost import ModuleCost, Workload
 from mimo_strategy.step_batch import Batch
+from modules import fp8
 from modules.layer_specs import ACTIVATIONS, hybrid_stack_spec
 from modules.mamba_moe_cost import language_cost, layer_work, output_work
 from modules.transformer import transformer_config
@@ -53,9 +54,10 @@ class MambaMoEConfig:
         init_std: standard deviation of initial weights.
         dropout: probability of dropping, in attention and residual connections.
         recompute_layers: keep each layer's input only, and compute the layer again in the backward pass.
+        fp8: multiply in 8 bits in linear layers and experts, with Transformer Engine; not in router and output layer.
 
     Raises:
-        ValueError: if sizes do not fit each other.
+        ValueError: if sizes do not fit each other, or fp8 does not take them.
     """
 
     pattern: str = NEMOTRON_20_LAYERS
@@ -81,6 +83,7 @@ class MambaMoEConfig:
     init_std: float = 0.0173
     dropout: float = 0.0
     recompute_layers: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.pattern) - set(_LAYER_SYMBOLS + "|")
@@ -101,6 +104,34 @@ class MambaMoEConfig:
             raise ValueError(
                 f"experts_per_token {self.experts_per_token} must be between 1 and num_experts {self.num_experts}"
             )
+        if self.fp8:
+            fp8.check_sizes({"hidden_size": self.hidden_size} | self.widths | self.expert_widths)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The widths of linear layers that tensor parallelism cuts, by name; without those of experts."""
+        widths = {}
+        if "*" in self.pattern:
+            kv_channels = self.kv_channels or self.hidden_size // self.num_attention_heads
+            widths["attention width"] = self.num_attention_heads * kv_channels
+            widths["width of queries, keys and values"] = widths["attention width"] + (
+                2 * self.num_query_groups * kv_channels
+            )
+        if "-" in self.pattern:
+            widths["ffn_hidden_size"] = self.ffn_hidden_size
+        if "M" in self.pattern:
+            widths["Mamba width"] = self.mamba_num_heads * self.mamba_head_dim
+            widths["width of the Mamba projection"] = (
+                2 * widths["Mamba width"] + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
+            )
+        if self.has_experts and self.shared_expert_ffn_hidden_size:
+            widths["shared_expert_ffn_hidden_size"] = self.shared_expert_ffn_hidden_size
+        return widths
+
+    @property
+    def expert_widths(self) -> dict[str, int]:
+        """The widths of linear layers that expert tensor parallelism cuts, by name."""
+        return {"expert_ffn_hidden_size": self.expert_ffn_hidden_size} if self.has_experts else {}
 
     @property
     def layers(self) -> str:
@@ -174,6 +205,10 @@ class MambaMoE(MimoModule):
             tp_divides["mamba_num_groups"] = config.mamba_num_groups
         if config.has_experts and config.shared_expert_ffn_hidden_size:
             tp_divides["shared_expert_ffn_hidden_size"] = config.shared_expert_ffn_hidden_size
+        etp_divides = dict(config.expert_widths)
+        if config.fp8:
+            tp_divides |= fp8.divides(config.widths)
+            etp_divides |= fp8.divides(config.expert_widths)
         num_layers = len(config.layers)
         stages = {config.pattern.count("|") + 1}
         if stages == {1}:
@@ -181,7 +216,7 @@ class MambaMoE(MimoModule):
         return {
             LANGUAGE: ModuleSizes(
                 tp_divides=tp_divides,
-                etp_divides={"expert_ffn_hidden_size": config.expert_ffn_hidden_size} if config.has_experts else {},
+                etp_divides=etp_divides,
                 num_experts=config.num_experts if config.has_experts else 0,
                 pp_stages=frozenset(stages | {1}),
             )
@@ -229,6 +264,7 @@ class MambaMoE(MimoModule):
             # experts under tensor parallelism need it
             sequence_parallel=layout.tp > 1,
             **experts,
+            **(fp8.settings(dtype) if config.fp8 else {}),
         )
         stage, num_stages = (groups.pp.rank(), groups.pp.size()) if groups is not None else (0, layout.pp)
         return ModuleSpec(
@@ -267,6 +303,10 @@ class MambaMoE(MimoModule):
     def check_batch(self, batch: Any) -> None:
         super().check_batch(batch)
         check_tokens(batch, self.config.vocab_size, self.config.max_sequence_length)
+
+    def check_machine(self, dtype: torch.dtype) -> None:
+        if self.config.fp8:
+            fp8.check_machine(dtype)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(self.optimizer_config)

@@ -19,6 +19,7 @@ from mimo_strategy.module import MimoModule
 from mimo_strategy.planning.cost import ModuleCost, Workload
 from mimo_strategy.prediction import Prediction
 from mimo_strategy.step_batch import Batch
+from modules import fp8
 from modules.mamba_moe import MambaMoE, MambaMoEConfig
 from modules.projector import Projector, ProjectorConfig
 from modules.radio import RadioConfig, RadioEncoder
@@ -113,6 +114,11 @@ class NemotronVLM(MimoModule):
         radio, language = self.encoder.config, self.language.config
         check_tokens(batch, language.vocab_size, language.max_sequence_length)
         check_items(batch, IMAGES, (3, radio.image_height, radio.image_width))
+
+    def check_machine(self, dtype: torch.dtype) -> None:
+        self.language.check_machine(dtype)
+        if self.encoder.config.fp8:
+            fp8.check_machine(dtype)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.optimizer_config)

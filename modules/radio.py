@@ -13,6 +13,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.planning.cost import Layer, Workload
+from modules import fp8
 from modules.layer_specs import ACTIVATIONS, vit_layer_spec
 from modules.part import EncoderPart
 from modules.radio_cost import embedding_work, encoder_layers, layer_work
@@ -36,9 +37,10 @@ class RadioConfig:
         max_image_size: side, in pixels, of the largest image that the position embeddings cover.
         random_position_crops: in training, take position embeddings from a random crop of their table.
         recompute_layers: keep each layer's input only, and compute the layer again in the backward pass.
+        fp8: multiply in 8 bits in the transformer's linear layers, with Transformer Engine.
 
     Raises:
-        ValueError: if the image cannot be cut into patches and shuffled.
+        ValueError: if the image cannot be cut into patches and shuffled, or fp8 does not take the sizes.
     """
 
     image_height: int = 512
@@ -53,6 +55,7 @@ class RadioConfig:
     max_image_size: int = 2048
     random_position_crops: bool = False
     recompute_layers: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         unit = self.patch_size * self.pixel_shuffle
@@ -66,6 +69,14 @@ class RadioConfig:
                 )
             if pixels > self.max_image_size:
                 raise ValueError(f"{side} {pixels} exceeds max_image_size {self.max_image_size}")
+        if self.fp8:
+            fp8.check_sizes({"hidden_size": self.hidden_size, "ffn_hidden_size": self.ffn_hidden_size})
+            if (self.patches + self.class_tokens) % fp8.MULTIPLE:
+                fitting = self.class_tokens + -(self.patches + self.class_tokens) % fp8.MULTIPLE
+                raise ValueError(
+                    f"fp8 takes a multiple of {fp8.MULTIPLE} tokens an image, got {self.patches} patches + "
+                    f"{self.class_tokens} class_tokens; class_tokens {fitting} would fit"
+                )
 
     @property
     def patches(self) -> int:
@@ -111,13 +122,9 @@ class RadioEncoder(EncoderPart):
 
     def sizes(self) -> ModuleSizes:
         config = self.config
-        return ModuleSizes(
-            tp_divides={
-                "num_attention_heads": config.num_attention_heads,
-                "hidden_size": config.hidden_size,
-                "ffn_hidden_size": config.ffn_hidden_size,
-            }
-        )
+        linear = {"hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size}
+        in_fp8 = fp8.divides(linear) if config.fp8 else {}
+        return ModuleSizes(tp_divides={"num_attention_heads": config.num_attention_heads} | linear | in_fp8)
 
     def forward_flops(self, num_images: int) -> float:
         """Floating-point operations of matrix products for ``num_images``."""
@@ -144,6 +151,7 @@ class RadioEncoder(EncoderPart):
             activation_func=ACTIVATIONS["gelu"],
             # 0, and not None, for a final layer norm
             mtp_num_layers=0,
+            **(fp8.settings(dtype) if self.config.fp8 else {}),
         )
         return ModuleSpec(
             module=_RadioTokens,

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from safetensors import safe_open
 
 from datamodules import DigitsDataModule, MockImageDataModule
-from mimo_strategy import Layout, ModuleParallel
+from mimo_strategy import DistributedDataParallelConfig, Layout, ModuleParallel
 from mimo_strategy.callbacks.captions import written_positions
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.main import VERBS, main
@@ -100,6 +100,18 @@ def test_overrides_may_be_null():
     )
     assert run.modules == {"images": ModuleParallel(num_ranks=2), "language": ModuleParallel(ep=2, rank_offset=2)}
     assert run.model.max_new_tokens is None
+
+
+def test_settings_of_data_parallelism_are_for_all_modules_or_by_name(tmp_path, capsys):
+    option = "--trainer.strategy.ddp"
+    of_all = read_run(["--config", DIGITS, f"{option}.use_distributed_optimizer=true"]).ddp
+    assert of_all == DistributedDataParallelConfig(use_distributed_optimizer=True)
+    by_name = ["--config", DIGITS, f'{option}={{"images": {{"overlap_grad_reduce": true}}}}']
+    assert read_run(by_name).ddp == {"images": DistributedDataParallelConfig(overlap_grad_reduce=True)}
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(print_config(capsys, *by_name))
+    changed = ["--config", str(printed), f"{option}.images.bucket_size=7"]
+    assert read_run(changed).ddp == {"images": DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=7)}
 
 
 @pytest.mark.parametrize("file", ["mimo_hetero", {"class_path": "mimo_strategy.MimoHeteroStrategy"}, None])

@@ -1,9 +1,11 @@
-"""What only GPUs can show: where the host waits for the device, and what half precision does to the losses."""
+"""What only GPUs can show: where the host waits for the device, and what half precision and fp8 do to the losses."""
+
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from tiny_runs import digits, make_trainer, vision_language
+from tiny_runs import OPTIMIZER, PATTERN, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader
 
 from benchmarks.gpu import Bench, Case
@@ -11,6 +13,7 @@ from datamodules import collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.checkpoint.weights import save_weights
+from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 STEPS = 50
 LAYOUTS = {
@@ -63,30 +66,84 @@ class Losses(Callback):
         self.losses.append(outputs["loss"].item())
 
 
+def train(make_model, modules, path, *, precision, num_steps=STEPS):
+    """Losses from the weights at ``path``, which the first training writes; and the model."""
+    seed_everything(1, verbose=False)
+    model = make_model()
+    if path.exists():
+        model.load_weights(path)
+    recorder = Losses(None if path.exists() else path)
+    data = DataLoader(digits().train_dataset, 24, collate_fn=collate)
+    trainer = make_trainer(
+        MimoHeteroStrategy(modules, 2),
+        accelerator="gpu",
+        precision=precision,
+        max_steps=num_steps,
+        callbacks=[recorder],
+    )
+    trainer.fit(model, data)
+    return recorder.losses, model
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_losses_in_half_precision_stay_within_a_hundredth(on_ranks, tmp_path, precision):
-    start = tmp_path / "start"
-
     def losses(precision):
-        seed_everything(1, verbose=False)
-        model = vision_language()
-        if start.exists():
-            model.load_weights(start)
-        recorder = Losses(None if start.exists() else start)
-        data = DataLoader(digits().train_dataset, 24, collate_fn=collate)
-        trainer = make_trainer(
-            MimoHeteroStrategy(LAYOUTS["colocated"], 2),
-            accelerator="gpu",
-            precision=precision,
-            max_steps=STEPS,
-            callbacks=[recorder],
-        )
-        trainer.fit(model, data)
-        return recorder.losses
+        return train(vision_language, LAYOUTS["colocated"], tmp_path / "start", precision=precision)[0]
 
-    whole = on_ranks(lambda: losses("32-true"), 2)[0]
-    half = on_ranks(lambda: losses(precision), 2)[0]
+    whole = on_ranks(losses, 2, "32-true")[0]
+    half = on_ranks(losses, 2, precision)[0]
     assert len(whole) == STEPS
     assert whole[-1] < 0.9 * whole[0]
     print([(round(w, 4), round(h / w - 1, 5)) for w, h in zip(whole, half, strict=True)])
     assert half == pytest.approx(whole, rel=0.01)
+
+
+def sized_for_fp8(images, language, **changes):
+    """A tiny model of sizes that fp8 takes, also on two tensor parallel ranks."""
+    vocabulary = digits().vocabulary
+    return NemotronVLM(
+        RadioConfig.tiny(class_tokens=16, fp8=images),
+        MambaMoEConfig.tiny(pattern=PATTERN, mamba_num_heads=32, fp8=language, **changes),
+        image_token_id=vocabulary.image_token_id,
+        end_token_id=vocabulary.end_token_id,
+        optimizer=OPTIMIZER,
+    )
+
+
+def num_fp8_layers(model):
+    """Of each module: the layers that computed in fp8 when they ran last."""
+    return {
+        name: sum(getattr(layer, "fp8", False) for layer in part.modules())
+        for name, part in model.runtime.model.own_modules().items()
+    }
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [(None, 1), ("heterogeneous", 2)])
+def test_losses_in_fp8_stay_near_those_in_half_precision(on_ranks, tmp_path, layout, world_size):
+    def losses(in_fp8):
+        make_model = partial(sized_for_fp8, images=in_fp8, language=in_fp8)
+        losses, model = train(make_model, LAYOUTS.get(layout), tmp_path / "start", precision="bf16-mixed")
+        assert all(bool(number) is in_fp8 for number in num_fp8_layers(model).values())
+        return losses
+
+    half = on_ranks(losses, world_size, False)[0]
+    eighth = on_ranks(losses, world_size, True)[0]
+    assert len(half) == STEPS
+    assert half[-1] < 0.9 * half[0]
+    print([(round(h, 4), round(e / h - 1, 5)) for h, e in zip(half, eighth, strict=True)])
+    assert eighth != half
+    assert eighth == pytest.approx(half, rel=0.05)
+
+
+@pytest.mark.parametrize(("images", "language"), [(True, False), (False, True)])
+def test_modules_choose_fp8_for_themselves(on_ranks, tmp_path, images, language):
+    """The language model computes its layers again in the backward, and what was trained can be saved."""
+
+    def layers():
+        make_model = partial(sized_for_fp8, images, language, recompute_layers=True)
+        _, model = train(make_model, None, tmp_path / "start", precision="bf16-true", num_steps=3)
+        save_weights(tmp_path / "end", model.model)
+        return num_fp8_layers(model)
+
+    (numbers,) = on_ranks(layers, 1)
+    assert {name: number > 0 for name, number in numbers.items()} == {"images": images, "language": language}

@@ -78,6 +78,20 @@ def test_two_models_that_live_on_are_used_in_turn():
     assert ranks[0][1] == [4, 4]
 
 
+def test_a_model_that_is_destroyed_takes_nothing_from_another():
+    def run():
+        strategies = [MimoHeteroStrategy(LAYOUTS["colocated"]) for _ in range(2)]
+        models = [vision_language("*") for _ in range(2)]
+        trainers = [make_trainer(strategy, max_steps=1, limit_val_batches=1) for strategy in strategies]
+        for trainer, model in zip(trainers, models, strict=True):
+            trainer.fit(model, data())
+        models[0].runtime.destroy()
+        return trainers[1].validate(models[1], data(), verbose=False)[0]["val_loss"]
+
+    ranks = run_on_ranks(run, 2)
+    assert ranks[0] == ranks[1]
+
+
 def test_a_model_is_not_built_again_for_the_next_verb():
     def run():
         model = vision_language("*")

@@ -20,6 +20,7 @@ from mimo_strategy.planning.machine import MACHINES, read_machine, write_machine
 from mimo_strategy.planning.memory import Training, gibibytes
 from mimo_strategy.planning.report import report_layout
 from mimo_strategy.planning.search import candidates, search
+from mimo_strategy.runtime.data_parallel import resolve_ddp
 from mimo_strategy.testing import run_on_ranks
 from mimo_strategy.testing.costs import KeptActivations, MeasuredCosts, ModuleBytes, measure_costs
 from modules import NEMOTRON_54_LAYERS, MambaMoEConfig, NemotronVLM, RadioConfig
@@ -100,22 +101,26 @@ exhaustive = pytest.mark.exhaustive
         (COLOCATED_4, "bf16-mixed", SHARDED, False),
         (APART_2, "32-true", WHOLE, False),
         (WHOLE_EXPERTS_2, "bf16-true", SHARDED, False),
-        (PIPELINED_3, "bf16-mixed", BUCKETS, True),
+        (PIPELINED_3, "bf16-mixed", {"images": WHOLE, "language": BUCKETS}, True),
         pytest.param(COLOCATED_4, "32-true", SHARDED, False, marks=exhaustive),
         pytest.param(COLOCATED_4, "32-true", SHARDED, True, marks=exhaustive),
         pytest.param(COLOCATED_4, "bf16-true", BUCKETS, False, marks=exhaustive),
         pytest.param(COLOCATED_4, "bf16-mixed", WHOLE, False, marks=exhaustive),
         pytest.param(EXPERT_TP_4, "bf16-mixed", BUCKETS, False, marks=exhaustive),
         pytest.param(EXPERT_TP_4, "32-true", SHARDED, False, marks=exhaustive),
+        pytest.param(PIPELINED_3, "bf16-mixed", BUCKETS, True, marks=exhaustive),
         pytest.param(PIPELINED_3, "32-true", WHOLE, False, marks=exhaustive),
         pytest.param(None, "32-true", BUCKETS, False, marks=exhaustive),
     ],
 )
 def test_runs_hold_the_bytes_that_were_told(
-    modules: dict[str, ModuleParallel] | None, precision: str, ddp: DistributedDataParallelConfig, recompute: bool
+    modules: dict[str, ModuleParallel] | None,
+    precision: str,
+    ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig],
+    recompute: bool,
 ) -> None:
     world_size = 3 if modules is PIPELINED_3 else 2 if modules in (APART_2, WHOLE_EXPERTS_2) else 4
-    job = Job(tiny(recompute_layers=recompute), 8, LENGTH, {"images": 1}, Training.of(ddp, precision), MACHINES["cpu"])
+    job = Job(tiny(recompute_layers=recompute), 8, LENGTH, {"images": 1}, Training(precision), MACHINES["cpu"])
     check_bytes(job, world_size, modules, 2, ddp)
 
 
@@ -154,7 +159,7 @@ def check_bytes(
     world_size: int,
     modules: dict[str, ModuleParallel] | None,
     num_microbatches: int,
-    ddp: DistributedDataParallelConfig,
+    ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig],
 ) -> int:
     """Compare all ranks' bytes with what is told of them; returns the most activations that any rank kept."""
     layout = Layout.resolve(job.model.module_sizes(), world_size, modules)
@@ -172,6 +177,9 @@ def check_bytes(
             ddp=ddp,
         )
 
+    of_modules = resolve_ddp(layout.modules, ddp, on_gpus=False)
+    trainings = {name: Training.of(config, job.training.precision) for name, config in of_modules.items()}
+    job = replace(job, trainings=trainings)
     report = report_layout(job, world_size, modules, num_microbatches)
     ranks = run_on_ranks(on_rank, world_size)
     for rank, measured in enumerate(ranks):

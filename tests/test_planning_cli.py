@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples/configs"
 DIGITS = str(CONFIGS / "cpu-digits.yaml")
 MODULES = "--trainer.strategy.init_args.modules"
+DDP = "--trainer.strategy.init_args.ddp"
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,22 @@ def test_a_batch_that_cannot_be_cut_fails_the_layout(capsys: pytest.CaptureFixtu
     assert "Non-colocated" in text
 
 
+def test_layout_counts_the_bytes_of_modules_with_settings_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def optimizer_bytes(ddp: str) -> dict[str, int]:
+        code, text = told(capsys, "layout", "--config", DIGITS, "--machine", "cpu", "--json", f"{DDP}={ddp}")
+        assert code == 0
+        rank = {"images": 0, "language": 2}
+        ranks = json.loads(text)["ranks"]
+        return {name: ranks[at][name]["bytes"]["optimizer"] for name, at in rank.items()}
+
+    sharded = optimizer_bytes("null")
+    whole = optimizer_bytes('{"use_distributed_optimizer": false}')
+    mixed = optimizer_bytes('{"images": {"use_distributed_optimizer": false}}')
+    # the encoder has two lanes
+    assert whole["images"] > 1.9 * sharded["images"]
+    assert mixed == {"images": whole["images"], "language": sharded["language"]}
+
+
 def test_layout_of_very_many_ranks_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     apart = [f"{MODULES}.images.dp=8192", f"{MODULES}.language.dp=4096", f"{MODULES}.language.rank_offset=8192"]
     options = ["--world-size", "16384", "--batch-size", "16384", "--rank", "12345"]
@@ -158,6 +175,7 @@ def test_plan_without_a_layout_that_fits_says_what_would(capsys: pytest.CaptureF
         (["layout", "--world-size", "0"], "--world-size must be at least 1"),
         (["layout", "--rank", "4"], "--rank 4 is not among the 4 ranks"),
         (["layout", "--output", "map.bmp"], "must end in .png, .svg, .pdf"),
+        (["layout", f'{DDP}={{"imagse": {{}}}}'], "ddp has settings for imagse, but the modules are images, language"),
         (["plan", "--best", "0"], "--best must be at least 1"),
         (["plan", "--profile", "nowhere.json"], "cannot read the profile nowhere.json"),
         (["layout", "--world-sise", "8"], "no option 'world-sise'; did you mean 'world-size'?"),

@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mimo_strategy.checks import check_ddp
 from mimo_strategy.cli.complaints import suggest
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.run_config import RunConfig, read_run
+from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Job
 from mimo_strategy.planning.machine import MACHINES, Machine, read_machine
 from mimo_strategy.planning.memory import Training
-from mimo_strategy.runtime.data_parallel import default_ddp_config
+from mimo_strategy.runtime.data_parallel import resolve_ddp
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -48,7 +50,8 @@ def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
 
     Raises:
         UsageError: for a configuration that cannot work; if the world size is not known, a number is out of range, the
-            precision is not supported, or the profile cannot be read.
+            precision is not supported, the profile cannot be read, or settings are of a module that the model does not
+            have.
     """
     options, overrides = parser.parse_known_args(arguments)
     for option in ("world_size", "batch_size", "sequence_length"):
@@ -72,8 +75,14 @@ def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
     if length > longest:
         raise UsageError(f"--sequence-length {length} is more than the {longest} tokens that the model takes")
     machine = _machine(options)
+    sizes = run.model.module_sizes()
     try:
-        training = Training.of(run.ddp or default_ddp_config(on_gpus=machine.runs_ahead), run.precision)
+        check_ddp(sizes, run.ddp)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    ddp = resolve_ddp(sizes, run.ddp, on_gpus=machine.runs_ahead)
+    try:
+        trainings = {name: Training.of(config, run.precision) for name, config in ddp.items()}
     except ValueError as error:
         raise UsageError(f"trainer.{error}") from None
     job = Job(
@@ -81,10 +90,11 @@ def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
         options.batch_size or run.batch_size or 0,
         length,
         items,
-        training,
+        trainings[LANGUAGE],
         machine,
         encoder_batching=run.encoder_batching,
         encoder_ahead=run.encoder_ahead,
+        trainings=trainings,
     )
     return options, run, job, world_size
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import override
+from typing import Any, override
 
 from jsonargparse import Namespace
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -25,7 +25,8 @@ class RunConfig:
         num_microbatches: microbatches per step.
         encoder_batching: microbatches that colocated encoders take at once.
         encoder_ahead: microbatches that encoders on ranks of their own run ahead.
-        ddp: settings of gradient reduction and the distributed optimizer; ``None`` is the strategy's default.
+        ddp: settings of gradient reduction and the distributed optimizer, for all modules or by module name; ``None``
+            is the strategy's default.
         batch_size: samples of a step batch, if the data say so.
         precision: the Trainer's.
         world_size: devices x nodes, if both are numbers.
@@ -36,7 +37,7 @@ class RunConfig:
     num_microbatches: int
     encoder_batching: int
     encoder_ahead: int
-    ddp: DistributedDataParallelConfig | None
+    ddp: DistributedDataParallelConfig | Mapping[str, DistributedDataParallelConfig] | None
     batch_size: int | None
     precision: str
     world_size: int | None
@@ -61,11 +62,17 @@ def read_run(arguments: list[str]) -> RunConfig:
         num_microbatches=settings["num_microbatches"],
         encoder_batching=settings["encoder_batching"],
         encoder_ahead=settings["encoder_ahead"],
-        ddp=ddp and DistributedDataParallelConfig(**vars(ddp)),
+        ddp=ddp and _ddp(ddp),
         batch_size=getattr(reader.datamodule, "batch_size", None),
         precision=unified_precision(trainer["precision"]) or "32-true",
         world_size=_world_size(trainer["devices"], trainer["num_nodes"]),
     )
+
+
+def _ddp(settings: Namespace | dict[str, Namespace]) -> DistributedDataParallelConfig | dict[str, Any]:
+    if isinstance(settings, dict):
+        return {name: _ddp(of_module) for name, of_module in settings.items()}
+    return DistributedDataParallelConfig(**vars(settings))
 
 
 def _world_size(devices: list[int] | str | int, num_nodes: int) -> int | None:

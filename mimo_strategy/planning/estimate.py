@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -42,6 +42,7 @@ class Job:
         fused: whether layers are Transformer Engine's; by default on machines that run ahead of their host.
         encoder_batching: microbatches that colocated encoders take at once, as far as it divides their number.
         encoder_ahead: microbatches that encoders on ranks of their own run ahead.
+        trainings: of the modules whose parameters are reduced or updated in another way than ``training``.
     """
 
     model: Costs
@@ -53,6 +54,7 @@ class Job:
     fused: bool | None = None
     encoder_batching: int = 1
     encoder_ahead: int = 0
+    trainings: Mapping[str, Training] = field(default_factory=dict)
 
     def workload(self, dp: int, num_passes: int) -> Workload:
         """What one of ``dp`` lanes takes in one of its ``num_passes`` of a step."""
@@ -204,17 +206,18 @@ class Estimator:
 
     def _stage(self, layout: ModuleLayout, cost: ModuleCost, stage: int) -> StageEstimate:
         machine, layers = self.job.machine, cost.stages[stage]
+        training = self.job.trainings.get(layout.name, self.job.training)
         if (layout, stage) not in self._memories:
-            self._memories[layout, stage] = stage_memory(layout, cost, stage, self.job.training)
+            self._memories[layout, stage] = stage_memory(layout, cost, stage, training)
         memory = self._memories[layout, stage]
         reduction = 0.0
         for buffer, size, stride in (
             (memory.dense, layout.dp * layout.cp, layout.tp),
             (memory.experts, layout.edp, layout.etp * layout.ep),
         ):
-            gradients = buffer.elements * self.job.training.gradient_size
-            parameters = buffer.elements * self.job.training.element_size
-            if self.job.training.shards_optimizer:
+            gradients = buffer.elements * training.gradient_size
+            parameters = buffer.elements * training.element_size
+            if training.shards_optimizer:
                 reduction += machine.seconds(Transfer("dp", "reduce_scatter", gradients), size, stride)
                 reduction += machine.seconds(Transfer("dp", "all_gather", parameters), size, stride)
             else:

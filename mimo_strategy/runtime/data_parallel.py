@@ -1,5 +1,6 @@
 """Wrap each module in megatron-core's data parallelism."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,19 @@ def default_ddp_config(*, on_gpus: bool) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=on_gpus)
 
 
+def resolve_ddp(
+    names: Iterable[str],
+    ddp: DistributedDataParallelConfig | Mapping[str, DistributedDataParallelConfig] | None,
+    *,
+    on_gpus: bool,
+) -> dict[str, DistributedDataParallelConfig]:
+    """The settings of every module: its own where ``ddp`` names it, those for all, or the default."""
+    default = default_ddp_config(on_gpus=on_gpus)
+    if isinstance(ddp, Mapping):
+        return {name: ddp.get(name, default) for name in names}
+    return dict.fromkeys(names, ddp or default)
+
+
 class _Float16Encoder(Float16Module):
     """``Float16Module`` whose output stays in half precision, as the bridge to the language model expects."""
 
@@ -25,15 +39,18 @@ class _Float16Encoder(Float16Module):
 
 
 def wrap_modules(
-    model: MimoModel, topology: Topology, ddp_config: DistributedDataParallelConfig, dtype: torch.dtype
+    model: MimoModel,
+    topology: Topology,
+    ddp_configs: Mapping[str, DistributedDataParallelConfig],
+    dtype: torch.dtype,
 ) -> None:
     """Wrap every module of this rank in place and broadcast its parameters over its own data-parallel groups.
 
     Args:
         model: the model as built.
         topology: groups of the modules.
-        ddp_config: taken for every module.
-        dtype: dtype of the parameters; half precision computes in it and reduces gradients as ``ddp_config`` says.
+        ddp_configs: by module.
+        dtype: dtype of the parameters; half precision computes in it and reduces gradients as ``ddp_configs`` say.
     """
 
     def wrap(name: str, module: torch.nn.Module, float16_module: type[Float16Module]) -> DistributedDataParallel:
@@ -43,7 +60,7 @@ def wrap_modules(
         wrapped = DistributedDataParallel(
             # megatron-core writes the bucket size into the config it is given
             config,
-            replace(ddp_config),
+            replace(ddp_configs[name]),
             module,
             pg_collection=topology.groups[name],
         )

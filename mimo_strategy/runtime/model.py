@@ -1,6 +1,7 @@
 """Build the MimoModel of a topology: on every rank, the modules that run there."""
 
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -196,6 +197,19 @@ class HeteroMimoModel(MimoModel):
             places = torch.nonzero_static(input_ids.flatten() == special_token_id, size=len(tokens)).squeeze(1)
             combined = combined.index_copy(0, places, tokens)
         return combined.unflatten(0, input_ids.shape).transpose(0, 1).contiguous()
+
+    def set_is_first_microbatch(self) -> None:
+        """Let layers in fp8 quantize their weights anew, which they otherwise keep from the microbatch before.
+
+        megatron-core 0.19.2 asks the language model's config alone whether there are any, so that an encoder would go
+        on with the weights that it began with.
+        """
+        for layer in self._fp8_layers:
+            layer.is_first_microbatch = True
+
+    @cached_property
+    def _fp8_layers(self) -> list[torch.nn.Module]:
+        return [layer for layer in self.modules() if hasattr(layer, "is_first_microbatch") and layer.config.fp8]
 
     def own_modules(self) -> dict[str, torch.nn.Module]:
         """The modules that run on this rank, by name, wrapped if they are."""

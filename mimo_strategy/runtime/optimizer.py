@@ -25,7 +25,7 @@ def build_optimizer(
     model: MimoModel,
     topology: Topology,
     configs: Mapping[str, OptimizerConfig],
-    ddp_config: DistributedDataParallelConfig,
+    ddp_configs: Mapping[str, DistributedDataParallelConfig],
     dtype: torch.dtype,
 ) -> "HeteroOptimizer":
     """Build one optimizer per module of this rank, whose gradient norm is that of all modules of all ranks.
@@ -34,7 +34,7 @@ def build_optimizer(
         model: the wrapped model.
         topology: groups of the modules; collective over each module's ranks.
         configs: what the user sets, by module; dtypes and sharding are filled in.
-        ddp_config: as the modules were wrapped with.
+        ddp_configs: as the modules were wrapped with.
         dtype: dtype of the parameters.
     """
     infos = {}
@@ -48,8 +48,8 @@ def build_optimizer(
                 bf16=dtype is torch.bfloat16,
                 fp16=dtype is torch.float16,
                 loss_scale=configs[name].loss_scale if dtype is torch.float16 else None,
-                use_distributed_optimizer=ddp_config.use_distributed_optimizer,
-                overlap_param_gather=ddp_config.overlap_param_gather,
+                use_distributed_optimizer=ddp_configs[name].use_distributed_optimizer,
+                overlap_param_gather=ddp_configs[name].overlap_param_gather,
             )
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
             with _param_groups_of(topology.groups[name].intra_dist_opt):

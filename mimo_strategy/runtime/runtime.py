@@ -1,6 +1,7 @@
 """Run training, evaluation and generation steps of a model of several modules."""
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
@@ -43,7 +45,7 @@ class MimoRuntime:
     Args:
         model: this rank's part of the model; wrapped in place.
         topology: grids and groups; the runtime destroys it.
-        ddp_config: how gradients are reduced and optimizer states sharded, for every module.
+        ddp_configs: how gradients are reduced and optimizer states sharded, by module.
         num_microbatches: microbatches per step.
         dtype: dtype of the parameters.
         device: device of this rank.
@@ -63,7 +65,7 @@ class MimoRuntime:
         model: HeteroMimoModel,
         topology: Topology,
         *,
-        ddp_config: DistributedDataParallelConfig,
+        ddp_configs: Mapping[str, DistributedDataParallelConfig],
         num_microbatches: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -75,7 +77,7 @@ class MimoRuntime:
         self.encoder_batching = encoder_batching
         self.encoder_ahead = encoder_ahead
         self.num_microbatches = num_microbatches
-        self._ddp_config = ddp_config
+        self._ddp_configs = ddp_configs
         self._dtype = dtype
         self.device = device
         self.sums = StepSums(device)
@@ -85,7 +87,7 @@ class MimoRuntime:
         self._expert_load: ExpertLoad | None = None
         self._encoding: EncoderBatching | None = None
         self._parameters_may_be_stale = False
-        wrap_modules(model, topology, ddp_config, dtype)
+        wrap_modules(model, topology, ddp_configs, dtype)
         # to walk through all modules takes longer than to look at the parameters
         self._parameters = list(model.parameters())
         if topology.runs(LANGUAGE) and model.config.num_moe_experts:
@@ -119,12 +121,12 @@ class MimoRuntime:
         config = self.model.config
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = _unscaled
-        if self._ddp_config.overlap_grad_reduce:
+        if any(ddp.overlap_grad_reduce for ddp in self._ddp_configs.values()):
             config.no_sync_func = self.model.no_sync
 
     def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> HeteroOptimizer:
         """megatron-core's optimizer of all modules, from settings by module."""
-        optimizer = build_optimizer(self.model, self.topology, configs, self._ddp_config, self._dtype)
+        optimizer = build_optimizer(self.model, self.topology, configs, self._ddp_configs, self._dtype)
         self.model.config.grad_scale_func = _unscaled if optimizer.grad_scaler is None else optimizer.scale_loss
         return optimizer
 
@@ -154,7 +156,7 @@ class MimoRuntime:
             if self._expert_load is not None:
                 self._expert_load.clear()
             self._drop_gradients()
-            self._parameters_may_be_stale = self._ddp_config.overlap_param_gather
+            self._parameters_may_be_stale = True
         else:
             self.gather_parameters()
 
@@ -213,8 +215,8 @@ class MimoRuntime:
         whatever else reads the parameters must ask for it.
         """
         if self._parameters_may_be_stale:
-            for module in self.model.own_modules().values():
-                module.start_param_sync(force_sync=True)
+            # of those modules that gather in the forward
+            self.model.start_param_sync(force_sync=True)
             self._parameters_may_be_stale = False
 
     def _microbatches(self, batch: Batch) -> list[Microbatch]:
@@ -225,10 +227,35 @@ class MimoRuntime:
                 f"sequences of {length} tokens cannot be cut over tp {tp} of {LANGUAGE}; pad them to "
                 f"{(length // tp + 1) * tp}"
             )
+        self._check_fp8_tokens(len(batch["input_ids"]), length)
         cut = zip(
             self.share.microbatches(batch), self.share.bridge_parts(batch, self.model.special_token_ids), strict=True
         )
         return [Microbatch(*microbatch) for microbatch in cut]
+
+    def _check_fp8_tokens(self, num_samples: int, length: int) -> None:
+        """Check that a rank of the language model gets as many tokens of a microbatch as fp8 takes.
+
+        Args:
+            num_samples: of this rank's share.
+            length: of their sequences.
+
+        Raises:
+            ValueError: if it has not; on every rank, also of other modules.
+        """
+        language = self.model.config
+        if not language.fp8:
+            return
+        multiple = get_fp8_align_size(language.fp8_recipe)
+        parts = self.topology.layout.modules[LANGUAGE].dp * self._num_microbatches
+        samples = num_samples * self.share.num_lanes // parts
+        tp = language.tensor_model_parallel_size if language.sequence_parallel else 1
+        unit = tp * multiple // math.gcd(samples, multiple)
+        if length % unit:
+            raise ValueError(
+                f"fp8 takes multiples of {multiple} tokens on a rank, but a microbatch of {LANGUAGE} has {samples} "
+                f"sample(s) of {length} tokens, over tp {tp}; pad them to {-(-length // unit) * unit}"
+            )
 
     def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""

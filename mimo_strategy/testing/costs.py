@@ -1,7 +1,7 @@
 """Measure what a layout costs on this rank: memory by kind, and the time of a step."""
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from mimo_strategy.layout import Layout
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.precision import MegatronPrecision
+from mimo_strategy.runtime.data_parallel import resolve_ddp
 from mimo_strategy.runtime.optimizer_state import parameter_states
 from mimo_strategy.runtime.runtime import MimoRuntime
 from mimo_strategy.step_batch import Batch
@@ -54,7 +55,7 @@ def measure_costs(
     encoder_batching: int = 1,
     encoder_ahead: int = 0,
     precision: str = "32-true",
-    ddp: DistributedDataParallelConfig | None = None,
+    ddp: DistributedDataParallelConfig | Mapping[str, DistributedDataParallelConfig] | None = None,
     num_steps: int = 1,
 ) -> MeasuredCosts:
     """Build the model in a layout, take steps, and measure; on every rank of :func:`.run_on_ranks`, on CPUs.
@@ -68,18 +69,20 @@ def measure_costs(
         encoder_batching: as for ``MimoHeteroStrategy``.
         encoder_ahead: as for ``MimoHeteroStrategy``.
         precision: of the Trainer.
-        ddp: as for ``MimoHeteroStrategy``.
+        ddp: as for ``MimoHeteroStrategy``, for all modules or by module.
         num_steps: steps to time, after one that warms up.
     """
     plugin, device = MegatronPrecision(precision), torch.device("cpu")
     topology = Topology(layout)
     model.build_context = BuildContext(topology, plugin.dtype, device, seed=0)
     model.configure_model()
-    ddp = ddp or DistributedDataParallelConfig(use_distributed_optimizer=True)
     model.runtime = runtime = MimoRuntime(
         model.model,
         topology,
-        ddp_config=replace(ddp, grad_reduce_in_fp32=plugin.reduces_gradients_in_fp32),
+        ddp_configs={
+            name: replace(config, grad_reduce_in_fp32=plugin.reduces_gradients_in_fp32)
+            for name, config in resolve_ddp(layout.modules, ddp, on_gpus=False).items()
+        },
         num_microbatches=num_microbatches,
         dtype=plugin.dtype,
         device=device,
