@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 import zlib
 from contextlib import suppress
 from math import prod
@@ -223,8 +224,11 @@ def test_another_model_is_told_all_that_differs(saved, changes, mismatches):
 # ---- what killed runs leave
 
 
-def make(directory: Path, content: str) -> None:
-    begin(directory)
+RUN_BEGAN = time.time()
+
+
+def make(directory: Path, content: str, run_began: float = RUN_BEGAN) -> None:
+    begin(directory, run_began)
     unfinished = directory.parent / ".unfinished" / directory.name
     files = write_file(unfinished / "content", lambda file: file.write(content.encode()))
     write_manifest(unfinished, files)
@@ -303,6 +307,9 @@ def test_leftovers_of_earlier_runs_are_cleaned_up_and_others_are_not(tmp_path):
     make(tmp_path / "step=3.ckpt", "new")
     assert {path.name for path in tmp_path.iterdir()} == {".unfinished", "step=3.ckpt"}
     assert {path.name for path in leftovers.iterdir()} == {"step=2.ckpt"}
+    # by the next run they are, however soon it begins
+    make(tmp_path / "step=4.ckpt", "newer", time.time())
+    assert {path.name for path in tmp_path.iterdir()} == {"step=3.ckpt", "step=4.ckpt"}
 
 
 def test_the_newest_whole_one_is_found(tmp_path):

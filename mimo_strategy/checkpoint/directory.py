@@ -15,8 +15,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from mimo_strategy.checkpoint.manifest import is_whole, read_manifest
 
 _UNFINISHED = ".unfinished"
@@ -29,9 +27,14 @@ def unfinished(directory: Path) -> Path:
     return directory.parent / _UNFINISHED / directory.name
 
 
-def begin(directory: Path) -> None:
-    """Make the folder that a checkpoint is written to; cleans up what killed runs left."""
-    _clean_up(directory.parent)
+def begin(directory: Path, run_began: float) -> None:
+    """Make the folder that a checkpoint is written to; cleans up what killed runs left.
+
+    Args:
+        directory: the checkpoint.
+        run_began: when the run that writes it did, in seconds since the epoch.
+    """
+    _clean_up(directory.parent, run_began)
     abandon(directory)
     unfinished(directory).mkdir(parents=True)
 
@@ -90,7 +93,7 @@ def _replaced(directory: Path) -> Path:
     return directory.parent / _REPLACED / directory.name
 
 
-def _clean_up(folder: Path) -> None:
+def _clean_up(folder: Path, run_began: float) -> None:
     """Give whole checkpoints that were being replaced their names back; remove what else killed runs left."""
     for replaced in folder.glob(f"{_REPLACED}/*"):
         directory = folder / replaced.name
@@ -99,10 +102,9 @@ def _clean_up(folder: Path) -> None:
         else:
             shutil.rmtree(replaced)
     # what was touched since may be of another run that is still going on
-    started = psutil.Process().create_time()
     for leftover in folder.glob(f"{_UNFINISHED}/*"):
         with suppress(FileNotFoundError):
-            if leftover.stat().st_mtime < started:
+            if leftover.stat().st_mtime < run_began:
                 shutil.rmtree(leftover)
 
 

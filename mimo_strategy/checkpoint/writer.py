@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         # it connects ranks pair by pair: none must leave before all have
         dist.barrier(self._group)
+        self._run_began = time.time()
         self._on_failure = on_failure
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._pending: Future | None = None
@@ -175,7 +177,7 @@ class CheckpointWriter:
     def _begin(self, directory: Path, lightning: bytes | Exception) -> None:
         if isinstance(lightning, Exception):
             raise lightning
-        directories.begin(directory)
+        directories.begin(directory, self._run_began)
 
     def _finish(self, directory: Path, written: list[ShardFile | Exception], lightning: bytes) -> None:
         unfinished = directories.unfinished(directory)
