@@ -38,7 +38,7 @@ from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.runtime import data_parallel
 from mimo_strategy.runtime.data_parallel import DistributedDataParallel
 from mimo_strategy.runtime.schedule import release_unused_bridges
-from modules import MambaMoEConfig, NemotronVLM, RadioConfig, fp8, transformer
+from modules import MambaMoEConfig, NemotronVLM, RadioConfig, fp8, layer_specs, transformer
 
 IMAGE_TOKEN = 511
 
@@ -255,6 +255,7 @@ def plain_kernels():
     with (
         mock.patch.dict(transformer.FUSED_KERNELS, {"moe_permute_fusion": True}, clear=True),
         mock.patch.object(data_parallel, "accumulate_in_kernels", lambda module: None),
+        mock.patch.object(layer_specs, "add_biases_in_products", lambda spec: spec),
     ):
         yield
 

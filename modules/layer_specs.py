@@ -52,7 +52,7 @@ def vit_layer_spec() -> ModuleSpec:
     if use_transformer_engine():
         from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_transformer_engine_spec
 
-        return get_vit_layer_with_transformer_engine_spec()
+        return add_biases_in_products(get_vit_layer_with_transformer_engine_spec())
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -64,6 +64,16 @@ def vit_layer_spec() -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def add_biases_in_products(spec: ModuleSpec) -> ModuleSpec:
+    """A layer of Transformer Engine with the linear layers of :mod:`modules.fused_bias`."""
+    from modules.fused_bias import ColumnParallelLinear, RowParallelLinear
+
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    spec.submodules.mlp = partial(MLP.as_mlp_submodule, submodules=mlp)
+    spec.submodules.self_attention.submodules.linear_proj = RowParallelLinear
+    return spec
 
 
 def hybrid_stack_spec(num_experts: int) -> ModuleSpec:

@@ -1,5 +1,6 @@
 """What only GPUs can show: where the host waits for the device, and what half precision and fp8 do to the losses."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from lightning.pytorch import Callback, seed_everything
 from tiny_runs import OPTIMIZER, PATTERN, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader
 
-from benchmarks.gpu import Bench, Case
+from benchmarks.gpu import Bench, Case, plain_kernels
 from datamodules import collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
@@ -96,6 +97,21 @@ def test_losses_in_half_precision_stay_within_a_hundredth(on_ranks, tmp_path, pr
     assert whole[-1] < 0.9 * whole[0]
     print([(round(w, 4), round(h / w - 1, 5)) for w, h in zip(whole, half, strict=True)])
     assert half == pytest.approx(whole, rel=0.01)
+
+
+def test_fused_kernels_compute_the_same(on_ranks, tmp_path):
+    def losses(is_plain):
+        with plain_kernels() if is_plain else nullcontext():
+            losses, model = train(vision_language, None, tmp_path / "start", precision="32-true", num_steps=5)
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+        layers = model.model.modality_submodules["images"].modules()
+        biases = {layer.te_return_bias for layer in layers if isinstance(layer, TERowParallelLinear)}
+        assert biases == {is_plain}
+        return losses
+
+    plain = on_ranks(losses, 1, True)[0]
+    assert on_ranks(losses, 1, False)[0] == pytest.approx(plain, rel=1e-5)
 
 
 def sized_for_fp8(images, language, **changes):
