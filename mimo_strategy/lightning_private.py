@@ -1,11 +1,13 @@
 """What this package takes of Lightning's private names, in one place, so that a new release is checked here first."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.fabric.connector import _convert_precision_to_unified_args as unified_precision
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE as IS_INTERACTIVE
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper as IndexBatchSampler
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
@@ -16,6 +18,7 @@ __all__ = [
     "SubprocessScriptLauncher",
     "checkpoint_folders",
     "init_dist_connection",
+    "logging_as",
     "unified_precision",
 ]
 
@@ -27,3 +30,14 @@ def checkpoint_folders(trainer: Trainer) -> set[Path]:
         for callback in trainer.callbacks
         if (keeps_errors := isinstance(callback, OnExceptionCheckpoint)) or isinstance(callback, ModelCheckpoint)
     }
+
+
+@contextmanager
+def logging_as(module: LightningModule, hook: str) -> Iterator[None]:
+    """Let ``module.log`` take what it is given as logged in ``hook``; not in every hook it may be called."""
+    running = module._current_fx_name
+    module._current_fx_name = hook
+    try:
+        yield
+    finally:
+        module._current_fx_name = running

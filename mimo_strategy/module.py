@@ -18,6 +18,7 @@ from mimo_strategy.batch_checks import check_form
 from mimo_strategy.checkpoint.weights import load_weights
 from mimo_strategy.generation import Generation, generate
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
+from mimo_strategy.lightning_private import logging_as
 from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
 from mimo_strategy.planning.cost import CostUnknown, ModuleCost, Workload
 from mimo_strategy.prediction import Prediction, find_decoder, predict_own
@@ -237,7 +238,9 @@ class MimoModule(LightningModule):
             loss = self.runtime.run_step(
                 batch, self.forward_step, self.loss_step, backward=backward, encoder_inputs=self.inputs_of_encoders
             )
-            self._log_reported(training=backward)
+            # to read what was reduced waits for the device: in training when the optimizer's step has been launched
+            if not backward:
+                self._log_reported(training=False)
             return loss
         loss = self.loss_step(self.forward_step(batch), batch)
         for name, (total, count) in loss.metrics.items():
@@ -269,7 +272,13 @@ class MimoModule(LightningModule):
         else:
             super().log(name, value, *args, **settings)
 
+    def _log_step(self) -> None:
+        with logging_as(self, "on_train_batch_end"):
+            self._log_reported(training=True)
+
     def _log_reported(self, *, training: bool) -> None:
+        if not self.runtime.report():
+            return
         details = training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
         for call in metrics.calls(self, self.runtime.reported, details=details):
             # weights matter to the mean of an epoch only; to read one waits for the device
@@ -325,7 +334,9 @@ class MimoModule(LightningModule):
         configs = {name: configs[name] for name in names}
         hold_frozen_routers(self.model)
         if self.runtime is not None:
-            return ModuleOptimizer(self.runtime.build_optimizer(configs), configs, self.model.trainable_parameters())
+            return ModuleOptimizer(
+                self.runtime.build_optimizer(configs), configs, self.model.trainable_parameters(), self._log_step
+            )
         modules = self.model.own_modules()
         trainable = {
             name: [pair for pair in modules[name].named_parameters() if pair[1].requires_grad] for name in names

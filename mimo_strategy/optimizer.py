@@ -1,6 +1,6 @@
 """The optimizer that Lightning, schedulers and callbacks see, in front of megatron-core's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
         optimizer: megatron-core's.
         configs: settings by module, in the order of the groups.
         parameters: this rank's trainable parameters by module.
+        on_step: called when a step has been launched.
 
     Attributes:
         clip_grad: largest norm over all modules' gradients; 0 does not clip.
@@ -32,6 +33,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
         optimizer: HeteroOptimizer,
         configs: Mapping[str, OptimizerConfig],
         parameters: Mapping[str, list[torch.nn.Parameter]],
+        on_step: Callable[[], None],
     ) -> None:
         groups = [
             {
@@ -45,6 +47,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
         first = next(iter(configs.values()))
         super().__init__(groups, defaults={"lr": first.lr, "weight_decay": first.weight_decay})
         self.megatron_optimizer = optimizer
+        self._on_step = on_step
         self.clip_grad = 0.0
         self._grad_norm: float | torch.Tensor | None = None
         self.num_updates = 0
@@ -63,6 +66,7 @@ class ModuleOptimizer(torch.optim.Optimizer):
         updated, self._grad_norm, _ = self.megatron_optimizer.step()
         self.num_updates += updated
         self.num_skipped += not updated
+        self._on_step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -20,6 +20,7 @@ from datamodules import collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.runtime.loss import LossOutput
+from mimo_strategy.runtime.optimizer import HeteroOptimizer
 from mimo_strategy.runtime.step_sums import StepSums
 from mimo_strategy.testing import RankError, run_on_ranks
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
@@ -200,6 +201,22 @@ def test_the_balancing_loss_is_that_of_one_rank(run, start, tmp_path):
 
 
 # ---- the reduction
+
+
+def test_sums_are_read_when_the_optimizer_s_step_has_been_launched(monkeypatch):
+    def order():
+        events = []
+        for owner, name in ((StepSums, "reduce_loss"), (HeteroOptimizer, "step"), (StepSums, "reported")):
+
+            def listen(self, *args, original=getattr(owner, name), name=name):
+                events.append(name)
+                return original(self, *args)
+
+            monkeypatch.setattr(owner, name, listen)
+        make_trainer(MimoHeteroStrategy(), max_steps=2).fit(vision_language(), batches(2))
+        return events
+
+    assert run_on_ranks(order, 2) == [["reduce_loss", "step", "reported"] * 2] * 2
 
 
 def test_sums_of_ranks_that_know_different_names():

@@ -82,6 +82,7 @@ class MimoRuntime:
         self.device = device
         self.sums = StepSums(device)
         self.reported: dict[str, Reported] = {}
+        self._is_reported = True
         self.in_schedule = False
         self._reduced_loss: LossOutput | None = None
         self._expert_load: ExpertLoad | None = None
@@ -189,8 +190,16 @@ class MimoRuntime:
             self.in_schedule = False
             self._encoding = self.model.encoded = None
         reduced = self._reduced_loss or self.sums.reduce_loss()
-        self.reported = self.sums.reported()
+        self._is_reported = False
         return reduced
+
+    def report(self) -> bool:
+        """Bring ``reported`` up to date, which waits for the device; collective. Whether there was a step to report."""
+        if self._is_reported:
+            return False
+        self.reported = self.sums.reported()
+        self._is_reported = True
+        return True
 
     def _drop_gradients(self) -> None:
         """Of parameters themselves: FP32Optimizer makes main_grad their grad, and the next backward would add twice."""

@@ -56,7 +56,11 @@ class StepSums:
         self._known: dict[str, _Quantity] = {_LOSS: _Quantity(0, None)}
         self._own: dict[str, _Quantity] = {}
         self._sums: dict[str, torch.Tensor] = {}
+        # of the step that was reduced last
+        self._added: dict[str, torch.Tensor] = {}
         self._reduced: torch.Tensor | None = None
+        self._on_host: torch.Tensor | None = None
+        self._arrival = torch.cuda.Event() if device.type == "cuda" else None
 
     def add(
         self,
@@ -83,23 +87,34 @@ class StepSums:
         self.add(_LOSS, loss.sum, loss.count)
 
     def reduce_loss(self) -> LossOutput:
-        """The loss of the step over all ranks; collective over the world. Reduces whatever else was added, too."""
-        own = self._sums.keys() - self._known.keys()
+        """The loss of the step over all ranks; collective over the world. Reduces whatever else was added, too.
+
+        What is added from now on is of the next step.
+        """
+        self._added, self._sums = self._sums, {}
+        return self._reduce()
+
+    def _reduce(self) -> LossOutput:
+        own = self._added.keys() - self._known.keys()
         unknown = torch.full((1,), len(own), dtype=torch.float64, device=self._device)
         self._reduced = torch.cat([unknown, *(self._values(name) for name in self._known)])
         dist.all_reduce(self._reduced)
+        # on its way as soon as it is there, whatever the device is given to do after it
+        self._on_host = self._reduced.to("cpu", non_blocking=True)
+        if self._arrival is not None:
+            self._arrival.record()
         return LossOutput(self._reduced[1].float(), self._reduced[2].float())
 
     def reported(self) -> dict[str, Reported]:
-        """All quantities that some rank added to this step, but the loss; waits for the device.
+        """All quantities that some rank added to the step that was reduced, but the loss; waits for the device.
 
         Collective over the world where a rank added one that not all know.
         """
-        host = self._reduced.tolist()
+        host = self._read()
         if host[0]:
             self._exchange_names()
-            self.reduce_loss()
-            host = self._reduced.tolist()
+            self._reduce()
+            host = self._read()
         quantities, position = {}, 1
         for name, (parts, settings) in self._known.items():
             end = position + max(parts, 1)
@@ -107,8 +122,12 @@ class StepSums:
                 sums = self._reduced[position:end] if parts else self._reduced[position]
                 quantities[name] = Reported(sums, self._reduced[end], settings)
             position = end + 1
-        self._sums.clear()
         return quantities
+
+    def _read(self) -> list[float]:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._on_host.tolist()
 
     def _on_device(self, value: torch.Tensor | float) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
@@ -118,7 +137,7 @@ class StepSums:
 
     def _values(self, name: str) -> torch.Tensor:
         size = max(self._known[name].parts, 1) + 1
-        values = self._sums.get(name)
+        values = self._added.get(name)
         if values is None:
             return torch.zeros(size, dtype=torch.float64, device=self._device)
         if len(values) != size:
