@@ -102,7 +102,7 @@ def test_losses_in_half_precision_stay_within_a_hundredth(on_ranks, tmp_path, pr
 def test_fused_kernels_compute_the_same(on_ranks, tmp_path):
     def losses(is_plain):
         with plain_kernels() if is_plain else nullcontext():
-            losses, model = train(vision_language, None, tmp_path / "start", precision="32-true", num_steps=5)
+            losses, model = train(vision_language, None, tmp_path / "start", precision="32-true", num_steps=3)
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
         layers = model.model.modality_submodules["images"].modules()
@@ -111,7 +111,7 @@ def test_fused_kernels_compute_the_same(on_ranks, tmp_path):
         return losses
 
     plain = on_ranks(losses, 1, True)[0]
-    assert on_ranks(losses, 1, False)[0] == pytest.approx(plain, rel=1e-5)
+    assert on_ranks(losses, 1, False)[0] == pytest.approx(plain, rel=2e-5)
 
 
 def sized_for_fp8(images, language, **changes):
@@ -135,20 +135,20 @@ def num_fp8_layers(model):
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [(None, 1), ("heterogeneous", 2)])
-def test_losses_in_fp8_stay_near_those_in_half_precision(on_ranks, tmp_path, layout, world_size):
+def test_losses_in_fp8_stay_near_those_in_bfloat16(on_ranks, tmp_path, layout, world_size):
     def losses(in_fp8):
         make_model = partial(sized_for_fp8, images=in_fp8, language=in_fp8)
         losses, model = train(make_model, LAYOUTS.get(layout), tmp_path / "start", precision="bf16-mixed")
         assert all(bool(number) is in_fp8 for number in num_fp8_layers(model).values())
         return losses
 
-    half = on_ranks(losses, world_size, False)[0]
-    eighth = on_ranks(losses, world_size, True)[0]
-    assert len(half) == STEPS
-    assert half[-1] < 0.9 * half[0]
-    print([(round(h, 4), round(e / h - 1, 5)) for h, e in zip(half, eighth, strict=True)])
-    assert eighth != half
-    assert eighth == pytest.approx(half, rel=0.05)
+    bf16 = on_ranks(losses, world_size, False)[0]
+    fp8 = on_ranks(losses, world_size, True)[0]
+    assert len(bf16) == STEPS
+    assert bf16[-1] < 0.9 * bf16[0]
+    print([(round(b, 4), round(f / b - 1, 5)) for b, f in zip(bf16, fp8, strict=True)])
+    assert fp8 != bf16
+    assert fp8 == pytest.approx(bf16, rel=0.05)
 
 
 @pytest.mark.parametrize(("images", "language"), [(True, False), (False, True)])
