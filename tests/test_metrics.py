@@ -206,13 +206,14 @@ def test_the_balancing_loss_is_that_of_one_rank(run, start, tmp_path):
 def test_sums_are_read_when_the_optimizer_s_step_has_been_launched(monkeypatch):
     def order():
         events = []
-        for owner, name in ((StepSums, "reduce_loss"), (HeteroOptimizer, "step"), (StepSums, "reported")):
 
-            def listen(self, *args, original=getattr(owner, name), name=name):
-                events.append(name)
-                return original(self, *args)
+        def listen(owner, name):
+            original = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda self, *args: events.append(name) or original(self, *args))
 
-            monkeypatch.setattr(owner, name, listen)
+        listen(StepSums, "reduce_loss")
+        listen(HeteroOptimizer, "step")
+        listen(StepSums, "reported")
         make_trainer(MimoHeteroStrategy(), max_steps=2).fit(vision_language(), batches(2))
         return events
 
