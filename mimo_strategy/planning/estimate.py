@@ -164,12 +164,11 @@ class Estimator:
         in_order = _pipeline(layout)
         pipelined = not colocated or len(in_order) > 1
         encoder_ahead = 0 if colocated else self.job.encoder_ahead
+        ahead = dict.fromkeys(layout.modules, encoder_ahead) | {LANGUAGE: 0}
         in_flight = {
-            place: min(num_microbatches, len(in_order) - depth + (encoder_ahead if place[0] != LANGUAGE else 0))
-            if pipelined
-            else 1
+            (name, stage): min(num_microbatches, len(in_order) - depth + ahead[name]) if pipelined else 1
             for depth, places in enumerate(in_order)
-            for place in places
+            for name, stage in places
         }
         activations = {
             name: [

@@ -1,7 +1,7 @@
 """Send an encoder's tokens to the language model's ranks and their gradients back, between stages of a pipeline."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, override
 
 import torch
@@ -81,7 +81,7 @@ class PipelineBridge(BridgeCommunicator):
 
     @override
     def send_forward(self, tensor_to_send: torch.Tensor) -> None:
-        self._exchange(self._cut(tensor_to_send, self._forward), [])
+        self._exchange(self._cut(tensor_to_send, self._forward), ())
 
     @override
     def recv_forward(self) -> torch.Tensor:
@@ -91,11 +91,11 @@ class PipelineBridge(BridgeCommunicator):
     @override
     def send_backward(self, grad_tensor: torch.Tensor) -> None:
         if self.returns_gradients:
-            self._exchange(self._cut(grad_tensor, self._backward), [])
+            self._exchange(self._cut(grad_tensor, self._backward), ())
 
     @override
     def recv_backward(self) -> torch.Tensor | None:
-        return self._recv_gradient([]) if self.returns_gradients else None
+        return self._recv_gradient() if self.returns_gradients else None
 
     @override
     def send_forward_recv_backward(self, input_tensor: torch.Tensor, grad_shape: None = None) -> torch.Tensor | None:
@@ -105,16 +105,16 @@ class PipelineBridge(BridgeCommunicator):
 
     @override
     def send_backward_recv_forward(self, grad_tensor: torch.Tensor, forward_shape: None = None) -> torch.Tensor:
-        self._ask(self._cut(grad_tensor, self._backward) if self.returns_gradients else [])
+        self._ask(self._cut(grad_tensor, self._backward) if self.returns_gradients else ())
         return self._take()
 
     def _agree_on(self, parts: list[Parts]) -> None:
         by_peer = [list(numbers) for numbers in zip(*parts, strict=True)]
         if self._role is CommRole.SENDER:
-            self._exchange([torch.tensor(numbers, device=self._device) for numbers in by_peer], [])
+            self._exchange([torch.tensor(numbers, device=self._device) for numbers in by_peer], ())
         elif self._role is CommRole.RECEIVER:
             sent = [torch.empty(len(parts), dtype=torch.int64, device=self._device) for _ in self._peers]
-            _wait(self._exchange([], sent))
+            _wait(self._exchange((), sent))
             for peer, theirs, expected in zip(self._peers, torch.stack(sent).tolist(), by_peer, strict=True):
                 if theirs != expected:
                     raise ValueError(
@@ -123,12 +123,12 @@ class PipelineBridge(BridgeCommunicator):
                         "every rank must get the same samples in the same order"
                     )
 
-    def _cut(self, rows: torch.Tensor, parts: Iterator[Parts]) -> list[torch.Tensor]:
+    def _cut(self, rows: torch.Tensor, parts: Iterator[Parts]) -> Sequence[torch.Tensor]:
         """What the peers get of a lane's rows; nothing on ranks that send nothing."""
         cut = next(parts)
-        return list(rows.detach().contiguous().split(cut)) if self._peers else []
+        return rows.detach().contiguous().split(cut) if self._peers else ()
 
-    def _exchange(self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> list[dist.Work]:
+    def _exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> list[dist.Work]:
         """Start to send a tensor to each peer and to receive one from each, empty ones left out.
 
         Returns:
@@ -151,14 +151,14 @@ class PipelineBridge(BridgeCommunicator):
     def _empty(self, parts: Parts) -> torch.Tensor:
         return torch.empty(sum(parts), self._hidden_size, dtype=self.comm_dtype, device=self._device)
 
-    def _ask(self, outgoing: list[torch.Tensor] | None = None) -> None:
+    def _ask(self, outgoing: Sequence[torch.Tensor] = ()) -> None:
         """Ask for the tokens of one more microbatch, if there is one, and send ``outgoing``."""
         parts = next(self._forward, None)
         if parts is None:
-            self._exchange(outgoing or [], [])
+            self._exchange(outgoing, ())
             return
         tokens = self._empty(parts)
-        works = self._exchange(outgoing or [], list(tokens.split(parts)))
+        works = self._exchange(outgoing, tokens.split(parts))
         self._arriving.append(_Arriving(tokens, works))
 
     def _take(self) -> torch.Tensor:
@@ -168,10 +168,10 @@ class PipelineBridge(BridgeCommunicator):
         _share(tokens, self.dest_local_leader_rank, self.dest_grid_broadcast_pg)
         return tokens.requires_grad_()
 
-    def _recv_gradient(self, outgoing: list[torch.Tensor]) -> torch.Tensor:
+    def _recv_gradient(self, outgoing: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         parts = next(self._backward)
         gradient = self._empty(parts)
-        _wait(self._exchange(outgoing, list(gradient.split(parts))))
+        _wait(self._exchange(outgoing, gradient.split(parts)))
         _share(gradient, self.src_local_leader_rank, self.src_grid_broadcast_pg)
         return gradient
 
