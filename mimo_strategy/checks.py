@@ -22,7 +22,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
 from mimo_strategy.checkpoint.writer import OnFailure
-from mimo_strategy.layout import Layout, LayoutError, ModuleParallel, Placement
+from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel, Placement
 from mimo_strategy.layout_checks import encoder_schedule_failures
 from mimo_strategy.module import MimoModule
 
@@ -57,6 +57,7 @@ def check_arguments(
     timeout: Any,
     watchdog: Any,
     on_save_failure: Any,
+    cuda_graphs: Any,
 ) -> None:
     """Check the arguments of the strategy.
 
@@ -73,6 +74,8 @@ def check_arguments(
             raise TypeError(f"{name} must be a whole number, got {number!r}")
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
+    if type(cuda_graphs) is not bool:
+        raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r}")
     if num_microbatches % encoder_batching:
         raise ValueError(f"encoder_batching {encoder_batching} does not divide num_microbatches {num_microbatches}")
     if modules is not None and not isinstance(modules, Mapping):
@@ -175,6 +178,30 @@ def check_encoder_scheduling(layout: Layout, encoder_batching: int, encoder_ahea
     failures = list(encoder_schedule_failures(layout.modules, encoder_batching, encoder_ahead, share_ranks=share_ranks))
     if failures:
         raise LayoutError(*failures)
+
+
+def check_cuda_graphs(language: ModuleLayout, ddp: DistributedDataParallelConfig) -> None:
+    """Check that layers of the language model can be recorded as CUDA graphs.
+
+    Args:
+        language: its layout.
+        ddp: its settings of data parallelism.
+
+    Raises:
+        LayoutError: if its layers or stages talk to each other.
+        ValueError: if parameters are gathered layer by layer.
+    """
+    cut = [f"{name} {size}" for name in ("tp", "cp", "pp") if (size := getattr(language, name)) > 1]
+    if cut:
+        raise LayoutError(
+            f"cuda_graphs=True replays layers of {LANGUAGE} that do not talk to other ranks, but it has "
+            f"{', '.join(cut)}; make each 1 or leave cuda_graphs False"
+        )
+    if ddp.overlap_param_gather:
+        raise ValueError(
+            f"layers that cuda_graphs=True replays cannot gather their parameters: leave overlap_param_gather False in "
+            f"the ddp settings of {LANGUAGE}"
+        )
 
 
 def check_ddp(names: Collection[str], ddp: Any) -> None:

@@ -31,6 +31,7 @@ from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
 from mimo_strategy.checks import (
     check_arguments,
+    check_cuda_graphs,
     check_data,
     check_ddp,
     check_encoder_scheduling,
@@ -39,7 +40,7 @@ from mimo_strategy.checks import (
 )
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
-from mimo_strategy.layout import Layout, LayoutError, ModuleParallel
+from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleParallel
 from mimo_strategy.lightning_private import IS_INTERACTIVE, checkpoint_folders, init_dist_connection
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
@@ -96,6 +97,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         ddp: Mapping[str, DistributedDataParallelConfig] | DistributedDataParallelConfig | None = None,
         encoder_batching: int = 1,
         encoder_ahead: int = 0,
+        cuda_graphs: bool = False,
         timeout: timedelta = DEFAULT_TIMEOUT,
         watchdog: timedelta | None = None,
         async_save: bool = False,
@@ -103,12 +105,21 @@ class MimoHeteroStrategy(ParallelStrategy):
     ) -> None:
         super().__init__()
         check_arguments(
-            modules, num_microbatches, encoder_batching, encoder_ahead, ddp, timeout, watchdog, on_save_failure
+            modules,
+            num_microbatches,
+            encoder_batching,
+            encoder_ahead,
+            ddp,
+            timeout,
+            watchdog,
+            on_save_failure,
+            cuda_graphs,
         )
         self._modules = modules
         self._num_microbatches = num_microbatches
         self._encoder_batching = encoder_batching
         self._encoder_ahead = encoder_ahead
+        self._cuda_graphs = cuda_graphs
         self._ddp = ddp
         self._timeout = timeout
         self._patience = watchdog
@@ -182,6 +193,10 @@ class MimoHeteroStrategy(ParallelStrategy):
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
         check_encoder_scheduling(self.layout, self._encoder_batching, self._encoder_ahead)
         check_ddp(self.layout.modules, self._ddp)
+        if self._cuda_graphs:
+            # which the defaults do not differ in
+            ddp = resolve_ddp([LANGUAGE], self._ddp, on_gpus=True)
+            check_cuda_graphs(self.layout.modules[LANGUAGE], ddp[LANGUAGE])
         check_data(self.layout, self._num_microbatches, *data)
 
     @override
@@ -233,6 +248,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             runtime.num_microbatches = self._num_microbatches
             runtime.encoder_batching = self._encoder_batching
             runtime.encoder_ahead = self._encoder_ahead
+            runtime.cuda_graphs = self._cuda_graphs
 
     # ---- model and optimizer
 
@@ -264,6 +280,7 @@ class MimoHeteroStrategy(ParallelStrategy):
                 device=self.root_device,
                 encoder_batching=self._encoder_batching,
                 encoder_ahead=self._encoder_ahead,
+                cuda_graphs=self._cuda_graphs,
             )
             module.runtime = self.runtime
         if trainer.state.fn == TrainerFn.FITTING:

@@ -1,5 +1,6 @@
 """Which classes the layers are made of: Transformer Engine's where it can run, otherwise megatron-core's own."""
 
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -7,7 +8,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from modules.replayable_layers import ReplayableAttentionLayer, ReplayableMambaLayer
 from modules.transformer import use_transformer_engine
 
 ACTIVATIONS = {"gelu": torch.nn.functional.gelu, "squared_relu": squared_relu}
@@ -81,12 +83,12 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
     if use_transformer_engine():
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
-        return hybrid_stack_spec
+        return launch_less(deepcopy(hybrid_stack_spec), num_experts)
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=HybridStackSubmodules(
             mamba_layer=ModuleSpec(
-                module=MambaLayer,
+                module=ReplayableMambaLayer,
                 submodules=MambaLayerSubmodules(
                     norm=torch_norm,
                     mixer=ModuleSpec(
@@ -97,7 +99,7 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
                 ),
             ),
             attention_layer=ModuleSpec(
-                module=TransformerLayer,
+                module=ReplayableAttentionLayer,
                 submodules=TransformerLayerSubmodules(
                     input_layernorm=torch_norm,
                     self_attention=_attention(AttnMaskType.causal),
@@ -122,6 +124,17 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
             ),
         ),
     )
+
+
+def launch_less(spec: ModuleSpec, num_experts: int) -> ModuleSpec:
+    """Layers of Transformer Engine with the experts of :mod:`modules.experts`, and such as CUDA graphs can replay."""
+    from modules.experts import moe_spec
+
+    layers = spec.submodules
+    layers.moe_layer.submodules.mlp = moe_spec(max(num_experts, 1))
+    layers.mamba_layer.module = ReplayableMambaLayer
+    layers.attention_layer.module = ReplayableAttentionLayer
+    return spec
 
 
 def mlp_submodules() -> MLPSubmodules:

@@ -14,6 +14,7 @@ FUSED_KERNELS = {
     "moe_permute_fusion": True,
     "moe_router_fusion": True,
     "use_fused_weighted_squared_relu": True,
+    "cross_entropy_fusion_impl": "te",
 }
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from datamodules import collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.checkpoint.weights import save_weights
+from mimo_strategy.runtime.layer_graphs import ReplayableLayer
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 STEPS = 50
@@ -67,7 +69,7 @@ class Losses(Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def train(make_model, modules, path, *, precision, num_steps=STEPS):
+def train(make_model, modules, path, *, precision, num_steps=STEPS, cuda_graphs=False):
     """Losses from the weights at ``path``, which the first training writes; and the model."""
     seed_everything(1, verbose=False)
     model = make_model()
@@ -76,7 +78,7 @@ def train(make_model, modules, path, *, precision, num_steps=STEPS):
     recorder = Losses(None if path.exists() else path)
     data = DataLoader(digits().train_dataset, 24, collate_fn=collate)
     trainer = make_trainer(
-        MimoHeteroStrategy(modules, 2),
+        MimoHeteroStrategy(modules, 2, cuda_graphs=cuda_graphs),
         accelerator="gpu",
         precision=precision,
         max_steps=num_steps,
@@ -112,6 +114,58 @@ def test_fused_kernels_compute_the_same(on_ranks, tmp_path):
 
     plain = on_ranks(losses, 1, True)[0]
     assert on_ranks(losses, 1, False)[0] == pytest.approx(plain, rel=2e-5)
+
+
+def recorded_layers(model):
+    """Of each kind of layer that can be replayed: whether every one has been recorded."""
+    recorded = {}
+    for layer in model.runtime.model.modules():
+        if isinstance(layer, ReplayableLayer):
+            recorded.setdefault(type(layer).__name__, []).append(layer._recorded is not None)
+    return {kind: all(layers) for kind, layers in recorded.items()}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_replayed_layers_compute_the_same(on_ranks, tmp_path, precision):
+    def losses(cuda_graphs):
+        losses, model = train(
+            vision_language, None, tmp_path / "start", precision=precision, num_steps=8, cuda_graphs=cuda_graphs
+        )
+        kinds = dict.fromkeys(("ReplayableAttentionLayer", "ReplayableMambaLayer"), cuda_graphs)
+        assert recorded_layers(model) == kinds
+        weights = torch.cat([parameter.detach().float().flatten() for parameter in model.runtime.model.parameters()])
+        return losses, weights.cpu()
+
+    ((eager, weights),) = on_ranks(losses, 1, False)
+    ((replayed, replayed_weights),) = on_ranks(losses, 1, True)
+    print([(round(e, 5), round(r / e - 1, 7)) for e, r in zip(eager, replayed, strict=True)])
+    assert eager[-1] < 0.95 * eager[0]
+    tolerance = {"32-true": 1e-5, "bf16-mixed": 2e-3}[precision]
+    assert replayed == pytest.approx(eager, rel=tolerance)
+    assert (replayed_weights - weights).norm() <= tolerance * weights.norm()
+
+
+def test_experts_in_one_kernel_compute_the_same(on_ranks, tmp_path):
+    def losses(one_kernel):
+        from modules import experts
+
+        products = []
+        multiply = experts.GroupedProduct.apply
+        with (
+            nullcontext() if one_kernel else mock.patch.object(experts._InOneKernel, "_has_kernel", return_value=False),
+            mock.patch.object(
+                experts.GroupedProduct, "apply", lambda *arguments: (products.append(1), multiply(*arguments))[1]
+            ),
+        ):
+            losses, _ = train(vision_language, None, tmp_path / "start", precision="bf16-mixed", num_steps=8)
+        assert bool(products) is one_kernel
+        return losses
+
+    (one_by_one,) = on_ranks(losses, 1, False)
+    (one_kernel,) = on_ranks(losses, 1, True)
+    print([(round(o, 5), round(k / o - 1, 7)) for o, k in zip(one_by_one, one_kernel, strict=True)])
+    assert one_by_one[-1] < 0.95 * one_by_one[0]
+    assert one_kernel == pytest.approx(one_by_one, rel=2e-3)
 
 
 def sized_for_fp8(images, language, **changes):

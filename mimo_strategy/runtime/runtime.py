@@ -17,6 +17,7 @@ from mimo_strategy.runtime.data_parallel import wrap_modules
 from mimo_strategy.runtime.encoder_batching import EncoderBatching, EncoderInputs, Microbatch
 from mimo_strategy.runtime.expert_load import ExpertLoad
 from mimo_strategy.runtime.gradients import finalize_gradients
+from mimo_strategy.runtime.layer_graphs import LayerGraphs
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.optimizer import HeteroOptimizer, build_optimizer
@@ -53,6 +54,7 @@ class MimoRuntime:
             :class:`.EncoderBatching`; 1 is as they run.
         encoder_ahead: microbatches that encoders on ranks of their own run ahead in training, beyond the warm-up of
             1F1B.
+        cuda_graphs: replay those layers of the language model in training that can be recorded.
 
     Attributes:
         sums: what callbacks may add to, to be reduced with the loss of the next step.
@@ -71,6 +73,7 @@ class MimoRuntime:
         device: torch.device,
         encoder_batching: int = 1,
         encoder_ahead: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model = model
         self.topology = topology
@@ -95,6 +98,8 @@ class MimoRuntime:
             self._expert_load = ExpertLoad(
                 model.language_model, topology.groups[LANGUAGE], model.config.num_moe_experts, device
             )
+        self._layer_graphs: LayerGraphs | None = None
+        self.cuda_graphs = cuda_graphs
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
         _alive.add(self)
@@ -111,6 +116,19 @@ class MimoRuntime:
     def num_microbatches(self, num_microbatches: int) -> None:
         self._num_microbatches = num_microbatches
         self.share = StepShare(self.topology.layout, self.topology.rank, num_microbatches)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether layers are replayed; may be changed between steps."""
+        return self._layer_graphs is not None
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, cuda_graphs: bool) -> None:
+        if self._layer_graphs is not None and not cuda_graphs:
+            self._layer_graphs.release()
+            self._layer_graphs = None
+        elif self._layer_graphs is None and cuda_graphs and self.topology.runs(LANGUAGE):
+            self._layer_graphs = LayerGraphs(self.model.language_model)
 
     @property
     def speaks_for_lane(self) -> bool:
@@ -153,6 +171,8 @@ class MimoRuntime:
         """
         self._reduced_loss = None
         if backward:
+            if self._layer_graphs is not None:
+                self._layer_graphs.begin_step()
             self.model.zero_grad_buffer()
             if self._expert_load is not None:
                 self._expert_load.clear()
@@ -282,6 +302,7 @@ class MimoRuntime:
         """Destroy every process group; the runtime cannot be used afterwards."""
         self._abandon.detach()
         _alive.discard(self)
+        self.cuda_graphs = False
         self._schedule.destroy()
         self.model.destroy()
         self.topology.destroy()
