@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks.gpu_measure import Measured, Stopwatch, matmul_rate
 from benchmarks.gpu_report import heading, table
@@ -38,7 +38,7 @@ from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.runtime import data_parallel
 from mimo_strategy.runtime.data_parallel import DistributedDataParallel
 from mimo_strategy.runtime.schedule import release_unused_bridges
-from modules import MambaMoEConfig, NemotronVLM, RadioConfig, fp8, layer_specs, transformer
+from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig, fp8, layer_specs, transformer
 
 IMAGE_TOKEN = 511
 
@@ -51,19 +51,20 @@ class Case:
         name: of what is compared; cases of one name stand side by side.
         loop: ``megatron`` is the loop on megatron-core alone, ``plain`` the strategy with its settings, ``strategy``
             with the fused kernels that it has by default.
-        images: layout of the encoder.
+        images: layout of the encoder; ``None`` is the language model alone, on text.
         language: layout of the language model.
         microbatches: per step.
         batch_size: samples per step.
         encoder_batching: microbatches that an encoder takes at once.
         encoder_ahead: microbatches that an encoder runs ahead.
+        cuda_graphs: whether layers of the language model are replayed.
         class_tokens: of the encoder; with 16 its tokens are a multiple of 16.
         fp8: whether encoder and language model multiply in fp8.
     """
 
     name: str
     loop: str
-    images: ModuleParallel
+    images: ModuleParallel | None
     language: ModuleParallel
     microbatches: int
     batch_size: int
@@ -71,6 +72,12 @@ class Case:
     encoder_ahead: int = 0
     class_tokens: int = 8
     fp8: bool = False
+    cuda_graphs: bool = False
+
+    @property
+    def modules(self) -> dict[str, ModuleParallel]:
+        """The layout of every module."""
+        return ({} if self.images is None else {IMAGES: self.images}) | {LANGUAGE: self.language}
 
 
 def cases(num_gpus: int) -> list[Case]:
@@ -80,6 +87,9 @@ def cases(num_gpus: int) -> list[Case]:
     experts = ModuleParallel(dp=num_gpus, ep=num_gpus)
     colocated = [
         *(Case("colocated", loop, everywhere, experts, 1, batch) for loop in ("megatron", "plain", "strategy")),
+        Case("colocated", "strategy", everywhere, experts, 1, batch, cuda_graphs=True),
+        *(Case("language model alone", loop, None, experts, 4, 2 * batch) for loop in ("plain", "strategy")),
+        Case("language model alone", "strategy", None, experts, 4, 2 * batch, cuda_graphs=True),
         *(Case("encoder batching", "strategy", everywhere, experts, 4, 2 * batch, size) for size in (1, 4)),
         *(
             Case("fp8", "strategy", everywhere, experts, 1, batch, class_tokens=16, fp8=in_fp8)
@@ -94,33 +104,39 @@ def cases(num_gpus: int) -> list[Case]:
     return [
         *colocated,
         *(Case("non-colocated", loop, first, last, 4, batch) for loop in ("megatron", "strategy")),
-        *(Case("non-colocated", "strategy", first, last, 4, batch, encoder_ahead=ahead) for ahead in (1, 2)),
+        Case("non-colocated", "strategy", first, last, 4, batch, cuda_graphs=True),
+        *(
+            Case("non-colocated", "strategy", first, last, 4, batch, encoder_ahead=ahead, cuda_graphs=True)
+            for ahead in (1, 2)
+        ),
         Case("heterogeneous", "strategy", everywhere, sharded, 2, batch),
         Case("homogeneous", "strategy", ModuleParallel(tp=num_gpus), sharded, 4, batch),
     ]
 
 
 class Samples(Dataset):
-    """The same few samples over and over, in host memory: an image, then text, of which every token counts."""
+    """The same few samples over and over, in host memory: text, of which every token counts, behind an image if any.
 
-    def __init__(self, model: NemotronVLM, dtype: torch.dtype) -> None:
-        radio, language = model.encoder.config, model.language.config
+    Args:
+        language: sizes of the language model.
+        radio: sizes of the encoder; ``None`` is text alone.
+        dtype: of images.
+    """
+
+    def __init__(self, language: MambaMoEConfig, radio: RadioConfig | None, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(
             IMAGE_TOKEN + 1, language.vocab_size, (4, language.max_sequence_length), generator=generator
         )
-        tokens[:, : radio.tokens_per_image] = IMAGE_TOKEN
-        self._samples = [
-            {
-                "input_ids": row,
-                "labels": row.roll(-1),
-                "loss_mask": (row != IMAGE_TOKEN).float(),
-                "images": torch.randn(1, 3, radio.image_height, radio.image_width, generator=generator).to(dtype),
-                "prompt_length": 1,
-                "sample_id": position,
-            }
-            for position, row in enumerate(tokens)
+        if radio is not None:
+            tokens[:, : radio.tokens_per_image] = IMAGE_TOKEN
+        self._samples: list[dict[str, Any]] = [
+            {"input_ids": row, "labels": row.roll(-1), "loss_mask": (row != IMAGE_TOKEN).float()} for row in tokens
         ]
+        if radio is not None:
+            for position, sample in enumerate(self._samples):
+                image = torch.randn(1, 3, radio.image_height, radio.image_width, generator=generator).to(dtype)
+                sample |= {"images": image, "prompt_length": 1, "sample_id": position}
 
     def __len__(self) -> int:
         return 1 << 16
@@ -151,7 +167,7 @@ class Bench:
     num_gpus: int
     sizes: Sizes = SIZES[0]
 
-    def model(self, case: Case) -> NemotronVLM:
+    def model(self, case: Case) -> NemotronVLM | MambaMoE:
         encoder = {"class_tokens": case.class_tokens, "fp8": case.fp8}
         if self.tiny:
             radio = RadioConfig.tiny(**encoder)
@@ -166,13 +182,13 @@ class Bench:
                 vocab_size=self.sizes.vocabulary,
                 fp8=case.fp8,
             )
-        return NemotronVLM(
-            radio, language, image_token_id=IMAGE_TOKEN, end_token_id=0, optimizer=OptimizerConfig(lr=2e-4)
-        )
+        optimizer = OptimizerConfig(lr=2e-4)
+        if case.images is None:
+            return MambaMoE(language, optimizer)
+        return NemotronVLM(radio, language, image_token_id=IMAGE_TOKEN, end_token_id=0, optimizer=optimizer)
 
     def layout(self, case: Case) -> Layout:
-        modules = {IMAGES: case.images, LANGUAGE: case.language}
-        return Layout.resolve(self.model(case).module_sizes(), self.num_gpus, modules)
+        return Layout.resolve(self.model(case).module_sizes(), self.num_gpus, case.modules)
 
     def needed_bytes(self, case: Case) -> float:
         return needed_bytes(
@@ -196,11 +212,9 @@ class Bench:
     def step_flops(self, case: Case) -> float:
         """Of the model, for a step batch: three times the forward pass of both modules."""
         model = self.model(case)
-        batch = {
-            "input_ids": torch.empty(case.batch_size, model.language.config.max_sequence_length),
-            IMAGES: range(case.batch_size),
-        }
-        return 3 * sum(model.forward_flops(name, batch) for name in (IMAGES, LANGUAGE))
+        length, _ = model.longest_sample()
+        batch = {"input_ids": torch.empty(case.batch_size, length), IMAGES: range(case.batch_size)}
+        return 3 * sum(model.forward_flops(name, batch) for name in case.modules)
 
     def _megatron(self, case: Case, layout: Layout, stopwatch: Stopwatch) -> None:
         half = self.dtype is torch.bfloat16
@@ -222,11 +236,12 @@ class Bench:
         if case.loop == "plain":
             ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
         strategy = MimoHeteroStrategy(
-            {IMAGES: case.images, LANGUAGE: case.language},
+            case.modules,
             case.microbatches,
             ddp=ddp,
             encoder_batching=case.encoder_batching,
             encoder_ahead=case.encoder_ahead,
+            cuda_graphs=case.cuda_graphs,
         )
         trainer = Trainer(
             accelerator=self.device.type,
@@ -243,7 +258,11 @@ class Bench:
             callbacks=[Watches(stopwatch)],
         )
         model = self.model(case)
-        data = DataLoader(Samples(model, self.dtype), case.batch_size, collate_fn=collate, num_workers=2)
+        if case.images is None:
+            samples, collate_fn = Samples(model.config, None, self.dtype), default_collate
+        else:
+            samples, collate_fn = Samples(model.language.config, model.encoder.config, self.dtype), collate
+        data = DataLoader(samples, case.batch_size, collate_fn=collate_fn, num_workers=2)
         trainer.fit(model, data)
         model.runtime.destroy()
         release(model.model, trainer.optimizers[0].megatron_optimizer._active_optimizers)
@@ -256,6 +275,7 @@ def plain_kernels():
         mock.patch.dict(transformer.FUSED_KERNELS, {"moe_permute_fusion": True}, clear=True),
         mock.patch.object(data_parallel, "accumulate_in_kernels", lambda module: None),
         mock.patch.object(layer_specs, "add_biases_in_products", lambda spec: spec),
+        mock.patch.object(layer_specs, "launch_less", lambda spec, num_experts: spec),
     ):
         yield
 
@@ -349,7 +369,7 @@ def main() -> None:
         "machine": f"{world_size} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}",
         "model": "tiny" if options.tiny else str(bench.sizes),
         "matmul": matmul_rate() if on_gpu else 1.0,
-        "sequence": bench.model(every_case[0]).language.config.max_sequence_length,
+        "sequence": bench.model(every_case[0]).longest_sample()[0],
         "cases": [],
     }
     say: Callable[..., None] = print if dist.get_rank() == 0 else lambda *_, **__: None

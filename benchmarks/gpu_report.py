@@ -37,7 +37,7 @@ def _row(case: dict[str, Any], report: dict[str, Any]) -> list[str]:
     shares = case["shares"]
     return [
         case["name"],
-        f"{_layout(case['images'])} / {_layout(case['language'])}",
+        " / ".join(_layout(case[module]) for module in ("images", "language") if case[module]),
         _label(case),
         str(case["microbatches"]),
         f"{case['median']:.3f} s",
@@ -59,6 +59,7 @@ def _label(case: dict[str, Any]) -> str:
         + (f", encoder takes {size} at once" if size > 1 else "")
         + (f", encoder {ahead} ahead" if ahead else "")
         + (", fp8" if case["fp8"] else "")
+        + (", CUDA graphs" if case["cuda_graphs"] else "")
     )
 
 

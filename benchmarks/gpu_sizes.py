@@ -6,7 +6,7 @@ from mimo_strategy import DistributedDataParallelConfig, Layout
 from mimo_strategy.planning.estimate import Estimator, Job
 from mimo_strategy.planning.machine import MACHINES
 from mimo_strategy.planning.memory import Training
-from modules import NEMOTRON_20_LAYERS, NemotronVLM
+from modules import NEMOTRON_20_LAYERS, MambaMoE, NemotronVLM
 
 _GIB = 2**30
 # Beside what estimates count: gradients of activations and workspaces. The largest difference that was measured.
@@ -44,7 +44,13 @@ SIZES = (
 
 
 def needed_bytes(
-    model: NemotronVLM, layout: Layout, *, loop: str, microbatches: int, batch_size: int, encoder_batching: int = 1
+    model: NemotronVLM | MambaMoE,
+    layout: Layout,
+    *,
+    loop: str,
+    microbatches: int,
+    batch_size: int,
+    encoder_batching: int = 1,
 ) -> float:
     """Of device memory that a loop needs on its fullest rank, rather too much than too little.
 
@@ -60,7 +66,7 @@ def needed_bytes(
     length, items = model.longest_sample()
     job = Job(model, batch_size, length, items, Training.of(ddp, "bf16-mixed"), MACHINES["h200"])
     estimate = Estimator(job).estimate(layout, microbatches)
-    more_images = (encoder_batching - 1) * sum(estimate.activations["images"])
+    more_images = (encoder_batching - 1) * sum(estimate.activations.get("images", ()))
     communicators = _COMMUNICATORS["megatron" if loop == "megatron" and layout.world_size > 1 else "strategy"]
     return estimate.peak_bytes + more_images + communicators + _MARGIN
 
