@@ -44,7 +44,7 @@ class BareLoop:
         self._optimizer = build_optimizer(self._model, self._topology, configs, ddp, torch.float32)
         self._share = StepShare(layout, dist.get_rank(), num_microbatches)
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch, lr: float) -> float:
         """Train on this rank's share of a step batch and return the loss of all ranks."""
         token_ids = self._description.special_token_ids
         batch = {**batch, **count_items(batch, token_ids, self._share.elsewhere)}
@@ -52,6 +52,8 @@ class BareLoop:
         self._model.zero_grad_buffer()
         parts = self._share.bridge_parts(batch, token_ids)
         self._schedule.run(self._forward, list(zip(self._share.microbatches(batch), parts, strict=True)))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
         self._optimizer.step()
         return (self._loss[0] / self._loss[1]).item()
 

@@ -48,9 +48,9 @@ class CountsStep(Callback):
             self.strategy = counted(self._profiler)
             bare = BareLoop(vision_language("M*E"), trainer.strategy.layout, MICROBATCHES, OPTIMIZER)
             for _ in range(2):
-                bare.step(batch)
+                bare.step(batch, OPTIMIZER.lr)
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                bare.step(batch)
+                bare.step(batch, OPTIMIZER.lr)
             self.bare = counted(profiler)
 
 
