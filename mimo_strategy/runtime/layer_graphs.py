@@ -152,10 +152,12 @@ class RecordedLayer:
         self._output_gradient = torch.zeros_like(self._output)
         with torch.cuda.graph(self._backward, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._input_gradients = self._gradients(self._output, self._output_gradient)
-        if unused := [
-            name for name, each in zip(self._aliases, self._input_gradients[1:], strict=True) if each is None
-        ]:
-            raise RuntimeError(f"{type(self._layer).__name__} does not use {', '.join(unused)} when it is recorded")
+        used = zip(self._aliases, self._input_gradients[1:], strict=True)
+        if unused := [name for name, gradient in used if gradient is None]:
+            raise RuntimeError(
+                f"a recorded {type(self._layer).__name__} does not use its own {', '.join(unused)}: run_with must replace "
+                "them wherever the layer holds them"
+            )
         self._output = self._output.detach()
         # of these the kernels add to the gradients of megatron-core's data parallelism themselves
         self._added = [
