@@ -155,8 +155,8 @@ class RecordedLayer:
         used = zip(self._aliases, self._input_gradients[1:], strict=True)
         if unused := [name for name, gradient in used if gradient is None]:
             raise RuntimeError(
-                f"a recorded {type(self._layer).__name__} does not use its own {', '.join(unused)}: run_with must replace "
-                "them wherever the layer holds them"
+                f"a recorded {type(self._layer).__name__} does not use its own {', '.join(unused)}: "
+                "run_with must replace them wherever the layer holds them"
             )
         self._output = self._output.detach()
         # of these the kernels add to the gradients of megatron-core's data parallelism themselves
