@@ -150,16 +150,6 @@ class MimoModule(LightningModule):
             ValueError: if it cannot.
         """
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """As Lightning does it, but without looking through what holds no other tensors."""
-        transfer = super().transfer_batch_to_device
-        return {
-            key: value.to(device, non_blocking=True)
-            if isinstance(value, torch.Tensor)
-            else transfer(value, device, dataloader_idx)
-            for key, value in batch.items()
-        }
-
     def check_batch(self, batch: Any) -> None:
         """Check what a loader yielded, before it is moved to the device; extend it by what the modules expect.
 
