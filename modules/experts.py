@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers of Transformer Engine that keep the device busy: fewer launches, and none is waited for.
+"""Mixture-of-experts layers of Transformer Engine that keep the device busy, also while the host waits.
 
 Transformer Engine 2.20 multiplies experts one by one, and asks cuBLAS anew which kernel to take for every number of
 tokens: some 0.1 ms of the host for each expert and product, while the device needs 0.03 ms.
