@@ -194,7 +194,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         check_encoder_scheduling(self.layout, self._encoder_batching, self._encoder_ahead)
         check_ddp(self.layout.modules, self._ddp)
         if self._cuda_graphs:
-            # which the defaults do not differ in
+            # whether parameters are gathered late does not depend on the device
             ddp = resolve_ddp([LANGUAGE], self._ddp, on_gpus=True)
             check_cuda_graphs(self.layout.modules[LANGUAGE], ddp[LANGUAGE])
         check_data(self.layout, self._num_microbatches, *data)

@@ -6,23 +6,13 @@ from unittest import mock
 
 import torch
 from megatron.core.ssm.mamba_layer import MambaLayer
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from mimo_strategy.runtime.layer_graphs import ReplayableLayer
 
 
-def _launches_the_same_kernels(config: TransformerConfig) -> bool:
-    """Whether a layer neither draws random numbers, nor quantizes weights in the first microbatch of a step only."""
-    return not (config.hidden_dropout or config.attention_dropout or config.fp8 or config.recompute_granularity)
-
-
 class ReplayableMambaLayer(ReplayableLayer, MambaLayer):
     """A Mamba-2 layer."""
-
-    @property
-    def is_replayable(self) -> bool:
-        return _launches_the_same_kernels(self.config)
 
     def run_with(self, parameters: Mapping[str, torch.Tensor], hidden_states: torch.Tensor) -> Any:
         # the mixer's part for context parallelism holds these a second time
@@ -36,7 +26,3 @@ class ReplayableMambaLayer(ReplayableLayer, MambaLayer):
 
 class ReplayableAttentionLayer(ReplayableLayer, TransformerLayer):
     """A layer of attention alone."""
-
-    @property
-    def is_replayable(self) -> bool:
-        return _launches_the_same_kernels(self.config)

@@ -27,9 +27,9 @@ class Input(NamedTuple):
 class ReplayableLayer(torch.nn.Module):
     """Goes in front of the class of a layer whose training passes may be recorded.
 
-    The layer takes ``hidden_states`` and nothing else that matters, and returns a tensor, which may be the first of a
-    tuple of otherwise ``None``. Its kernels must be the same for every input of one shape: no random numbers, no
-    waiting for the device, no collectives.
+    The layer has megatron-core's ``config``, takes ``hidden_states`` and nothing else that matters, and returns a
+    tensor, which may be the first of a tuple of otherwise ``None``. Its kernels must be the same for every input of one
+    shape: no random numbers, no waiting for the device, no collectives.
     """
 
     _recorded: "RecordedLayer | None" = None
@@ -37,8 +37,9 @@ class ReplayableLayer(torch.nn.Module):
 
     @property
     def is_replayable(self) -> bool:
-        """Whether this layer, as it is configured, can be recorded."""
-        return True
+        """Whether it neither draws random numbers, nor quantizes weights in the first microbatch of a step only."""
+        config = self.config
+        return not (config.hidden_dropout or config.attention_dropout or config.fp8 or config.recompute_granularity)
 
     def forward(self, hidden_states: torch.Tensor, **others: Any) -> Any:
         trains = self.training and torch.is_grad_enabled() and hidden_states.requires_grad
