@@ -19,6 +19,7 @@ __all__ = [
     "checkpoint_folders",
     "init_dist_connection",
     "logging_as",
+    "take_over_signals",
     "unified_precision",
 ]
 
@@ -41,3 +42,15 @@ def logging_as(module: LightningModule, hook: str) -> Iterator[None]:
         yield
     finally:
         module._current_fx_name = running
+
+
+def take_over_signals(trainer: Trainer) -> bool:
+    """Do not let the loop ask in every step whether rank 0 got SIGTERM; whether this rank already did.
+
+    Lightning 2.6 broadcasts that before each batch and reads the answer, for which a GPU's host waits until the device
+    has done all that it was given.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    connector = trainer._signal_connector
+    received, connector.received_sigterm = connector.received_sigterm, False
+    return received

@@ -7,6 +7,8 @@ from typing import Any, override
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from mimo_strategy.lightning_private import take_over_signals
+
 _NAME = "_preempted"
 
 
@@ -15,7 +17,8 @@ class Preemption(Callback):
 
     Lightning runs them wherever a rank happens to be, and both communicate: ranks that a signal interrupts at
     different points, or of which only one gets it, would wait for each other forever. Here a rank notes the signal
-    and tells the others with the loss of its next step, after which all of them save and requeue, or stop.
+    and tells the others with the loss of its next step, after which all of them save and requeue, or stop. So the
+    collective by which Lightning asks rank 0 in every step is not needed either.
     """
 
     def __init__(self) -> None:
@@ -23,7 +26,7 @@ class Preemption(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._received.clear()
+        self._received = {signal.SIGTERM} if take_over_signals(trainer) else set()
         for number in _signals(trainer):
             signal.signal(number, self._note)
 
