@@ -5,7 +5,9 @@
 Both start from the same weights and take the same samples at the same learning rates, so that experts have the same
 work. Two steps of the Trainer and two of the bare loop take turns, so that whatever else the machine does befalls both;
 the second of each counts, as the first finds the memory of the other loop in the caches. Of two equal loops in one
-process the one that was made later was 1 to 2 % faster here: so there are two runs, in which either is made first.
+process the one that was made later was 1 to 4 % faster here: so there are two runs, in which either is made first. The
+heap keeps what it has and asks for large pages; otherwise an operation on temporary tensors took up to four times as
+long in one loop as in the other, for a whole run, by where in memory they came to lie.
 Prints the ratio of their times, the geometric mean of both runs' medians over pairs, and ends with 1 if it is above the
 bar. Beside it stands the same of the processor seconds of all ranks, which shows the work that is added even where
 other processes disturb the clock.
@@ -13,6 +15,7 @@ other processes disturb the clock.
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import time
@@ -36,6 +39,8 @@ LAYOUTS = {
     "non_colocated": {"images": ModuleParallel(dp=2), "language": ModuleParallel(tp=2, dp=1, ep=2, rank_offset=2)},
 }
 MICROBATCHES = 2
+HEAP = {"hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**32, "top_pad": 2**26}
+"""Tunables of glibc's malloc."""
 OPTIMIZER = OptimizerConfig(lr=1e-4, clip_grad=1.0)
 
 
@@ -105,8 +110,8 @@ class Pairs(Callback):
             loss = self._bare.step(next(self._batches), lr)
             bare = Cost.now().since(began)
         self._lrs.clear()
-        # later on, differences in the last digit have made routers choose other experts for some tokens
-        if batch_idx < 10 and not math.isclose(loss, outputs["loss"], rel_tol=1e-4):
+        # differences in the last digit make routers choose other experts for some tokens, sooner or later
+        if batch_idx < 10 and not math.isclose(loss, outputs["loss"], rel_tol=1e-3):
             raise RuntimeError(f"the loops do not compute the same: losses {outputs['loss']} and {loss}")
         self.pairs.append((strategy, bare))
 
@@ -151,6 +156,13 @@ def processor_ratio(ranks: list[list[tuple[Cost, Cost]]]) -> float:
     )
 
 
+def settle_heap() -> None:
+    """Start this script again with ``HEAP``, which malloc reads when a process starts."""
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in HEAP.items())
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=40, help="steps of each kind that count in a run")
@@ -173,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    settle_heap()
     main()
