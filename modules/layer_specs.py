@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from modules.replayable_layers import ReplayableAttentionLayer, ReplayableMambaLayer
+from modules.qkv_split import split_into_views
+from modules.replayable_layers import ReplayableMambaLayer, with_replayable_shared_expert
 from modules.transformer import use_transformer_engine
 
 ACTIVATIONS = {"gelu": torch.nn.functional.gelu, "squared_relu": squared_relu}
@@ -54,6 +55,7 @@ def vit_layer_spec() -> ModuleSpec:
     if use_transformer_engine():
         from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_transformer_engine_spec
 
+        split_into_views()
         return add_biases_in_products(get_vit_layer_with_transformer_engine_spec())
     return ModuleSpec(
         module=TransformerLayer,
@@ -83,6 +85,7 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
     if use_transformer_engine():
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
+        split_into_views()
         return launch_less(deepcopy(hybrid_stack_spec), num_experts)
     return ModuleSpec(
         module=LocalHybridStack,
@@ -99,7 +102,7 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
                 ),
             ),
             attention_layer=ModuleSpec(
-                module=ReplayableAttentionLayer,
+                module=TransformerLayer,
                 submodules=TransformerLayerSubmodules(
                     input_layernorm=torch_norm,
                     self_attention=_attention(AttnMaskType.causal),
@@ -118,7 +121,9 @@ def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
                 module=MoETransformerLayer,
                 submodules=TransformerLayerSubmodules(
                     pre_mlp_layernorm=torch_norm,
-                    mlp=get_moe_module_spec(use_te=False, num_experts=max(num_experts, 1), moe_grouped_gemm=False),
+                    mlp=with_replayable_shared_expert(
+                        get_moe_module_spec(use_te=False, num_experts=max(num_experts, 1), moe_grouped_gemm=False)
+                    ),
                     mlp_bda=get_bias_dropout_add,
                 ),
             ),
@@ -131,9 +136,8 @@ def launch_less(spec: ModuleSpec, num_experts: int) -> ModuleSpec:
     from modules.experts import moe_spec
 
     layers = spec.submodules
-    layers.moe_layer.submodules.mlp = moe_spec(max(num_experts, 1))
+    layers.moe_layer.submodules.mlp = with_replayable_shared_expert(moe_spec(max(num_experts, 1)))
     layers.mamba_layer.module = ReplayableMambaLayer
-    layers.attention_layer.module = ReplayableAttentionLayer
     return spec
 
 

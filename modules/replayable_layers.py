@@ -1,12 +1,13 @@
 """Layers of the language model that CUDA graphs can replay."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
 from megatron.core.ssm.mamba_layer import MambaLayer
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from mimo_strategy.runtime.layer_graphs import ReplayableLayer
 
@@ -14,7 +15,7 @@ from mimo_strategy.runtime.layer_graphs import ReplayableLayer
 class ReplayableMambaLayer(ReplayableLayer, MambaLayer):
     """A Mamba-2 layer."""
 
-    def run_with(self, parameters: Mapping[str, torch.Tensor], hidden_states: torch.Tensor) -> Any:
+    def run_with(self, parameters: Mapping[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
         # the mixer's part for context parallelism holds these a second time
         shared = {
             f"{name}_cp1": parameters.get(f"mixer.{name}", getattr(self.mixer, name))
@@ -24,5 +25,13 @@ class ReplayableMambaLayer(ReplayableLayer, MambaLayer):
             return super().run_with(parameters, hidden_states)
 
 
-class ReplayableAttentionLayer(ReplayableLayer, TransformerLayer):
-    """A layer of attention alone."""
+class ReplayableSharedExpert(ReplayableLayer, SharedExpertMLP):
+    """The expert of a layer that takes every token."""
+
+
+def with_replayable_shared_expert(spec: partial) -> partial:
+    """A mixture of experts, as megatron-core's specs hold it."""
+    submodules = spec.keywords["submodules"]
+    linear = submodules.shared_experts.keywords["submodules"]
+    shared_experts = partial(ReplayableSharedExpert, submodules=linear)
+    return partial(spec.func, submodules=replace(submodules, shared_experts=shared_experts))

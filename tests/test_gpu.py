@@ -131,7 +131,7 @@ def test_replayed_layers_compute_the_same(on_ranks, tmp_path, precision):
         losses, model = train(
             vision_language, None, tmp_path / "start", precision=precision, num_steps=8, cuda_graphs=cuda_graphs
         )
-        kinds = dict.fromkeys(("ReplayableAttentionLayer", "ReplayableMambaLayer"), cuda_graphs)
+        kinds = dict.fromkeys(("ReplayableMambaLayer", "ReplayableSharedExpert"), cuda_graphs)
         assert recorded_layers(model) == kinds
         weights = torch.cat([parameter.detach().float().flatten() for parameter in model.runtime.model.parameters()])
         return losses, weights.cpu()
@@ -166,6 +166,20 @@ def test_experts_in_one_kernel_compute_the_same(on_ranks, tmp_path):
     print([(round(o, 5), round(k / o - 1, 7)) for o, k in zip(one_by_one, one_kernel, strict=True)])
     assert one_by_one[-1] < 0.95 * one_by_one[0]
     assert one_kernel == pytest.approx(one_by_one, rel=2e-3)
+
+
+def test_gradients_of_queries_keys_and_values_are_not_put_together():
+    from megatron.core.transformer import attention
+
+    from modules.qkv_split import split_into_views
+
+    split_into_views()
+    mixed = torch.randn(4, 2, 24, device="cuda", requires_grad=True)
+    parts = attention.SplitAlongDim(mixed, 2, [8, 8, 8])
+    side_by_side = torch.randn_like(mixed)
+    (gradient,) = torch.autograd.grad(parts, mixed, side_by_side.split(8, dim=2))
+    assert torch.equal(gradient, side_by_side)
+    assert gradient.data_ptr() == side_by_side.data_ptr()
 
 
 def sized_for_fp8(images, language, **changes):

@@ -28,8 +28,9 @@ class ReplayableLayer(torch.nn.Module):
     """Goes in front of the class of a layer whose training passes may be recorded.
 
     The layer has megatron-core's ``config``, takes ``hidden_states`` and nothing else that matters, and returns a
-    tensor, which may be the first of a tuple of otherwise ``None``. Its kernels must be the same for every input of one
-    shape: no random numbers, no waiting for the device, no collectives.
+    tensor. Its kernels must be the same for every input of one shape: no random numbers, no waiting for the device, no
+    collectives, nothing copied from the host. Transformer Engine's attention is none of these: its backward pass ends
+    with an illegal memory access when it is replayed (2.20).
     """
 
     _recorded: "RecordedLayer | None" = None
@@ -41,7 +42,7 @@ class ReplayableLayer(torch.nn.Module):
         config = self.config
         return not (config.hidden_dropout or config.attention_dropout or config.fp8 or config.recompute_granularity)
 
-    def forward(self, hidden_states: torch.Tensor, **others: Any) -> Any:
+    def forward(self, hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
         trains = self.training and torch.is_grad_enabled() and hidden_states.requires_grad
         if not trains or any(other is not None for other in others.values()):
             return super().forward(hidden_states=hidden_states, **others)
@@ -50,7 +51,7 @@ class ReplayableLayer(torch.nn.Module):
             return super().forward(hidden_states=hidden_states, **others)
         return self._recorded.replay(hidden_states)
 
-    def run_with(self, parameters: Mapping[str, torch.Tensor], hidden_states: torch.Tensor) -> Any:
+    def run_with(self, parameters: Mapping[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
         """Run with ``parameters``, by name, in place of the layer's own.
 
         A layer that holds parameters elsewhere than under their names replaces them there too.
@@ -129,25 +130,24 @@ class RecordedLayer:
         """Whether it can be replayed for such an input now."""
         return input == self._kind and not self.is_waiting
 
-    def replay(self, hidden_states: torch.Tensor) -> Any:
+    def replay(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The output of the layer, whose backward pass is replayed too."""
-        output = _Replay.apply(self, hidden_states, *self._parameters)
-        return (output, *self._rest) if self._rest is not None else output
+        return _Replay.apply(self, hidden_states, *self._parameters)
 
     def warm_up(self, stream: torch.cuda.Stream) -> None:
         """Both passes once, so that whatever is made on first use is not recorded."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            output, _ = _parts(self._run())
+            output = self._run()
             self._gradients(output, torch.zeros_like(output))
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _run(self) -> Any:
+    def _run(self) -> torch.Tensor:
         return self._layer.run_with(self._aliases, self._input)
 
     def record_forward(self, stream: torch.cuda.Stream, pool: Any) -> None:
         with torch.cuda.graph(self._forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._output, self._rest = _parts(self._run())
+            self._output = self._run()
 
     def record_backward(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self._output_gradient = torch.zeros_like(self._output)
@@ -199,11 +199,6 @@ def _alias(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     alias.__dict__.update(parameter.__dict__)
     alias.grad_added_to_main_grad = False
     return alias
-
-
-def _parts(output: Any) -> tuple[torch.Tensor, tuple[None, ...] | None]:
-    """The tensor that a layer returns, and what else if it returns a tuple."""
-    return (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
 
 
 @contextmanager
