@@ -94,3 +94,19 @@ def test_the_profiler_sees_collectives_and_waits():
         return dict(counted(profiler))
 
     assert run_on_ranks(run, 2) == [{"allreduce": 1, "broadcast": 1, "aten::_local_scalar_dense": 2}] * 2
+
+
+def test_updated_parameters_are_copied_at_once():
+    def run():
+        trainer = make_trainer(MimoHeteroStrategy(), max_steps=1)
+        trainer.fit(vision_language("M*E"), digits())
+        optimizer = trainer.optimizers[0].megatron_optimizer
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for part in optimizer.parts:
+                part._copy_main_params_to_model_params()
+        names = Counter({event.key: event.count for event in profiler.key_averages()})
+        return len(parameters), len(optimizer.parts), names["aten::_foreach_copy_"]
+
+    ((num_parameters, num_parts, num_copies),) = run_on_ranks(run, 1)
+    assert num_copies == num_parts < num_parameters / 10

@@ -18,6 +18,7 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.overlay import Overlay
+from mimo_strategy.runtime.distributed_optimizer import DistributedOptimizer
 from mimo_strategy.topology import Topology
 
 
@@ -52,7 +53,10 @@ def build_optimizer(
                 overlap_param_gather=ddp_configs[name].overlap_param_gather,
             )
             module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
-            with _param_groups_of(topology.groups[name].intra_dist_opt):
+            with (
+                _param_groups_of(topology.groups[name].intra_dist_opt),
+                mock.patch.object(megatron_optimizer, "DistributedOptimizer", DistributedOptimizer),
+            ):
                 # The module's own, complete collection; get_mimo_optimizer derives one that leaves expt_tp out.
                 optimizer = _without_stubs(
                     megatron_optimizer.get_megatron_optimizer(
