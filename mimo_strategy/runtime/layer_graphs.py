@@ -29,8 +29,8 @@ class ReplayableLayer(torch.nn.Module):
 
     The layer has megatron-core's ``config``, takes ``hidden_states`` and nothing else that matters, and returns a
     tensor. Its kernels must be the same for every input of one shape: no random numbers, no waiting for the device, no
-    collectives, nothing copied from the host. Transformer Engine's attention is none of these: its backward pass ends
-    with an illegal memory access when it is replayed (2.20).
+    collectives, nothing copied from the host. Attention of Transformer Engine 2.20 is no such layer: with short
+    sequences its backward pass ends with an illegal memory access when it is replayed.
     """
 
     _recorded: "RecordedLayer | None" = None
