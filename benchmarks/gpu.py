@@ -25,7 +25,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
-from megatron.core.transformer import attention
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks.gpu_measure import Measured, Stopwatch, matmul_rate
@@ -278,7 +277,7 @@ def plain_kernels():
         mock.patch.object(layer_specs, "add_biases_in_products", lambda spec: spec),
         mock.patch.object(layer_specs, "launch_less", lambda spec, num_experts: spec),
         mock.patch.object(layer_specs, "split_into_views", lambda: None),
-        mock.patch.object(attention, "SplitAlongDim", None),
+        mock.patch("megatron.core.transformer.attention.SplitAlongDim", None),
     ):
         yield
 
