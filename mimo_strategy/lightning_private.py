@@ -45,7 +45,7 @@ def logging_as(module: LightningModule, hook: str) -> Iterator[None]:
 
 
 def take_over_signals(trainer: Trainer) -> bool:
-    """Do not let the loop ask in every step whether rank 0 got SIGTERM; whether this rank already did.
+    """Keep the loop from asking in every step whether rank 0 got SIGTERM, and return whether this rank already did.
 
     Lightning 2.6 broadcasts that before each batch and reads the answer, for which a GPU's host waits until the device
     has done all that it was given.
