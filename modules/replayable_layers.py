@@ -34,4 +34,4 @@ def with_replayable_shared_expert(spec: partial) -> partial:
     submodules = spec.keywords["submodules"]
     linear = submodules.shared_experts.keywords["submodules"]
     shared_experts = partial(ReplayableSharedExpert, submodules=linear)
-    return partial(spec.func, submodules=replace(submodules, shared_experts=shared_experts))
+    return partial(spec, submodules=replace(submodules, shared_experts=shared_experts))
