@@ -5,8 +5,8 @@
 Both have the same weights and take the same samples. The learning rate is 0: weights that are trained come to differ in
 the last digit, then routers choose other experts for some tokens, and from then on one loop has more work. Two steps of
 the Trainer and two of the bare loop take turns, so that whatever else the machine does befalls both; the second of each
-counts, as the first finds the memory of the other loop in the caches. Of two equal loops in one process the one that was
-made later was 1 to 4 % faster here: so there are two runs, in which either is made first. The heap keeps what it has and
+counts, as the first finds the memory of the other loop in the caches. Of two equal loops in one process the one made
+later was 1 to 4 % faster here: so there are two runs, in which either is made first. The heap keeps what it has and
 asks for large pages; otherwise an operation on temporary tensors took up to four times as long in one loop as in the
 other, for a whole run, by where in memory they came to lie.
 Prints the ratio of their times, the geometric mean of all runs' medians over pairs, and ends with 1 if it is above the
