@@ -6,6 +6,7 @@ from typing import Any, NoReturn, override
 from lightning.pytorch import LightningModule, Trainer
 
 from mimo_strategy.failures import print_causes_once
+from mimo_strategy.frame_stack import call_with_room
 from mimo_strategy.lightning_private import SubprocessScriptLauncher
 
 
@@ -38,7 +39,7 @@ class CheckingLauncher(SubprocessScriptLauncher):
         args = [
             (self._last_checkpoint(trainer) or arg) if isinstance(arg, str) and arg == "last" else arg for arg in args
         ]
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        return super().launch(call_with_room, function, *args, trainer=trainer, **kwargs)
 
     @override
     def _call_children_scripts(self) -> None:
