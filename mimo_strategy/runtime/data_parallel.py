@@ -1,6 +1,7 @@
 """Wrap each module in megatron-core's data parallelism."""
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -38,6 +39,18 @@ class _Float16Encoder(Float16Module):
         return super().forward(*inputs, fp32_output=fp32_output, **kwargs)
 
 
+class _CollectableDataParallel(DistributedDataParallel):
+    """A wrapped module that its own hooks do not keep alive.
+
+    megatron-core 0.19.2 hangs hooks that hold the whole module into the graph. A layer of experts keeps a tensor of
+    the last step with its graph, through which Python's garbage collector does not see, and so no module with experts
+    is ever given up: neither parameters, gradients and optimizer states nor process groups.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        return DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
+
+
 def wrap_modules(
     model: MimoModel,
     topology: Topology,
@@ -57,7 +70,7 @@ def wrap_modules(
         config = module_config(module)
         if dtype is not torch.float32:
             module = float16_module(config, module)
-        wrapped = DistributedDataParallel(
+        wrapped = _CollectableDataParallel(
             # megatron-core writes the bucket size into the config it is given
             config,
             replace(ddp_configs[name]),
