@@ -2,7 +2,12 @@
 
 import resource
 
+from lightning.pytorch import Callback
+from tiny_runs import digits, make_trainer, vision_language
+
+from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy.frame_stack import call_with_room
+from mimo_strategy.testing import run_on_ranks
 
 CALLS = 200
 DEPTH = 400
@@ -31,6 +36,22 @@ def test_python_maps_memory_for_each_call_at_some_depths():
 
 def test_with_room_no_call_maps_memory():
     assert call_with_room(most_page_faults, DEPTH) < CALLS / 10
+
+
+class Counting(Callback):
+    """Page faults of calls from within a Trainer's step."""
+
+    def on_train_batch_end(self, *_):
+        self.most = most_page_faults(DEPTH)
+
+
+def test_a_trainer_runs_with_room():
+    def run():
+        counting = Counting()
+        make_trainer(MimoHeteroStrategy(), max_steps=1, callbacks=[counting]).fit(vision_language("*"), digits())
+        return counting.most
+
+    assert run_on_ranks(run, 1)[0] < CALLS / 10
 
 
 def test_arguments_and_results_are_passed_on():
