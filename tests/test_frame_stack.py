@@ -1,7 +1,9 @@
 """Calls at any depth of the stack, without new memory for their frames."""
 
 import resource
+import sys
 
+import pytest
 from lightning.pytorch import Callback
 from tiny_runs import digits, make_trainer, vision_language
 
@@ -30,6 +32,7 @@ def most_page_faults(depth: int) -> int:
     return max(page_faults_of_calls(), most_page_faults(depth - 1) if depth else 0)
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="later releases of Python keep a piece for the next call")
 def test_python_maps_memory_for_each_call_at_some_depths():
     assert most_page_faults(DEPTH) >= CALLS
 
