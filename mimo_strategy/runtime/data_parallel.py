@@ -43,8 +43,8 @@ class _CollectableDataParallel(DistributedDataParallel):
     """A wrapped module that its own hooks do not keep alive.
 
     megatron-core 0.19.2 hangs hooks that hold the whole module into the graph. A layer of experts keeps a tensor of
-    the last step with its graph, through which Python's garbage collector does not see, and so no module with experts
-    is ever given up: neither parameters, gradients and optimizer states nor process groups.
+    the last step with its graph, through which Python's garbage collector does not see, and so no model with experts
+    ever gives up its parameters and gradients.
     """
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
