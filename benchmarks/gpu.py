@@ -4,9 +4,10 @@
 
 Each loop makes its model, process groups and optimizer, and destroys them before the next one. The model is RADIO
 ViT-H on an image of 1024 x 2048 pixels a sample, and a language model of 20 layers with 8 experts for each GPU on
-sequences of 4,096 tokens, of which 2,048 are the image's; a step has 2 samples for each GPU. On GPUs of too little
-memory the language model is made smaller, and cases that still do not fit are left out. One GPU is enough for the
-colocated cases. ``--tiny`` takes a tiny model, on CPUs where there is no GPU, to try the script.
+sequences of 4,096 tokens, of which 2,048 are the image's; a step has 2 samples for each GPU. Small images are of 512 x
+512 pixels. On GPUs of too little memory the language model is made smaller, and cases that still do not fit are left
+out. One GPU is enough for the colocated cases. ``--tiny`` takes a tiny model, on CPUs where there is no GPU, to try
+the script.
 """
 
 import argparse
@@ -61,6 +62,7 @@ class Case:
         cuda_graphs: whether layers of the language model are replayed.
         class_tokens: of the encoder; with 16 its tokens are a multiple of 16.
         fp8: whether encoder and language model multiply in fp8.
+        small_images: an image of 512 x 512 pixels a sample, in sequences of 2,048 tokens.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Case:
     class_tokens: int = 8
     fp8: bool = False
     cuda_graphs: bool = False
+    small_images: bool = False
 
     @property
     def modules(self) -> dict[str, ModuleParallel]:
@@ -92,6 +95,10 @@ def cases(num_gpus: int) -> list[Case]:
         *(Case("language model alone", loop, None, experts, 4, 2 * batch) for loop in ("plain", "strategy")),
         Case("language model alone", "strategy", None, experts, 4, 2 * batch, cuda_graphs=True),
         *(Case("encoder batching", "strategy", everywhere, experts, 4, 2 * batch, size) for size in (1, 4)),
+        *(
+            Case("small images", "strategy", everywhere, experts, 8, 4 * batch, size, small_images=True)
+            for size in (1, 8)
+        ),
         *(
             Case("fp8", "strategy", everywhere, experts, 1, batch, class_tokens=16, fp8=in_fp8)
             for in_fp8 in (False, True)
@@ -176,10 +183,11 @@ class Bench:
             groups = {"num_query_groups": 4, "mamba_num_groups": 4, "mamba_num_heads": 32}
             language = MambaMoEConfig.tiny(vocab_size=1024, pattern="M*E-", fp8=case.fp8, **groups)
         else:
-            radio = RadioConfig(image_height=1024, image_width=2048, **encoder)
+            height, width, length = (512, 512, 2048) if case.small_images else (1024, 2048, 4096)
+            radio = RadioConfig(image_height=height, image_width=width, **encoder)
             language = MambaMoEConfig(
                 pattern=self.sizes.pattern,
-                max_sequence_length=4096,
+                max_sequence_length=length,
                 num_experts=max(8, self.sizes.experts * self.num_gpus),
                 vocab_size=self.sizes.vocabulary,
                 fp8=case.fp8,
@@ -268,7 +276,6 @@ class Bench:
         data = DataLoader(samples, case.batch_size, collate_fn=collate_fn, num_workers=2)
         trainer.fit(model, data)
         model.runtime.destroy()
-        release(model.model, trainer.optimizers[0].megatron_optimizer._active_optimizers)
 
 
 @contextmanager
@@ -286,7 +293,7 @@ def plain_kernels():
 
 
 def release(model: torch.nn.Module, optimizers: list[Any]) -> None:
-    """Free the memory of buffers and optimizer states, which hooks in the graph keep alive after the model."""
+    """Free the memory of buffers and optimizer states, which megatron-core's hooks in the graph keep alive."""
     kept = []
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -374,7 +381,6 @@ def main() -> None:
         "machine": f"{world_size} x {torch.cuda.get_device_name() if on_gpu else 'CPU'}",
         "model": "tiny" if options.tiny else str(bench.sizes),
         "matmul": matmul_rate() if on_gpu else 1.0,
-        "sequence": bench.model(every_case[0]).longest_sample()[0],
         "cases": [],
     }
     say: Callable[..., None] = print if dist.get_rank() == 0 else lambda *_, **__: None
@@ -386,7 +392,8 @@ def main() -> None:
             say(f"left out: {case.name}, {case.loop}: {reason}", flush=True)
             continue
         measured = of_all_ranks(bench.measure(case))
-        report["cases"].append(asdict(case) | measured | {"flops": bench.step_flops(case)})
+        sequence, _ = bench.model(case).longest_sample()
+        report["cases"].append(asdict(case) | measured | {"sequence": sequence, "flops": bench.step_flops(case)})
         say(table(report).splitlines()[-1], flush=True)
         if options.output and dist.get_rank() == 0:
             with open(options.output, "w") as file:

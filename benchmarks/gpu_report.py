@@ -41,7 +41,7 @@ def _row(case: dict[str, Any], report: dict[str, Any]) -> list[str]:
         _label(case),
         str(case["microbatches"]),
         f"{case['median']:.3f} s",
-        f"{case['batch_size'] * report['sequence'] / case['median']:,.0f}",
+        f"{case['batch_size'] * case['sequence'] / case['median']:,.0f}",
         f"{rate / 1e12:.0f}",
         f"{rate / report['matmul']:.1%}",
         f"{case['peak_memory'] / 2**30:.0f} GiB",
