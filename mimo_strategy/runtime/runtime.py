@@ -80,8 +80,8 @@ class MimoRuntime:
         self.encoder_batching = encoder_batching
         self.encoder_ahead = encoder_ahead
         self.num_microbatches = num_microbatches
-        self._ddp_configs = ddp_configs
-        self._dtype = dtype
+        self.ddp_configs = ddp_configs
+        self.dtype = dtype
         self.device = device
         self.sums = StepSums(device)
         self.reported: dict[str, Reported] = {}
@@ -140,12 +140,12 @@ class MimoRuntime:
         config = self.model.config
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = _unscaled
-        if any(ddp.overlap_grad_reduce for ddp in self._ddp_configs.values()):
+        if any(ddp.overlap_grad_reduce for ddp in self.ddp_configs.values()):
             config.no_sync_func = self.model.no_sync
 
     def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> HeteroOptimizer:
         """megatron-core's optimizer of all modules, from settings by module."""
-        optimizer = build_optimizer(self.model, self.topology, configs, self._ddp_configs, self._dtype)
+        optimizer = build_optimizer(self.model, self.topology, configs, self.ddp_configs, self.dtype)
         self.model.config.grad_scale_func = _unscaled if optimizer.grad_scaler is None else optimizer.scale_loss
         return optimizer
 
@@ -206,6 +206,10 @@ class MimoRuntime:
                 forward_only=not backward,
                 encoder_ahead=self.encoder_ahead if backward else 0,
             )
+        except BaseException:
+            # the model may be used again
+            self.sums.forget()
+            raise
         finally:
             self.in_schedule = False
             self._encoding = self.model.encoded = None

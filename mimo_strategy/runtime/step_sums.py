@@ -12,7 +12,8 @@ from mimo_strategy.runtime.loss import LossOutput
 DETAIL = "detail"
 """A setting of quantities that are logged only in steps that loggers write, as each call of ``log`` costs time."""
 
-_LOSS = "loss"
+# no name that anybody could log by
+_LOSS = ""
 
 
 class Reported(NamedTuple):
@@ -81,6 +82,10 @@ class StepSums:
         values = torch.cat((parts.reshape(-1), count.reshape(1)))
         self._own.setdefault(name, _Quantity(len(parts) if parts.ndim else 0, settings))
         self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+    def forget(self) -> None:
+        """Drop what was added to a step that was not finished."""
+        self._sums = {}
 
     def add_loss(self, loss: LossOutput) -> None:
         """Add the loss of one microbatch, on one rank of each lane's last stage."""
