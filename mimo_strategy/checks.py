@@ -1,7 +1,7 @@
 """What cannot work, refused in one process before any rank starts: arguments, Trainer flags, callbacks and data."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -19,12 +19,15 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from megatron.core.distributed import DistributedDataParallelConfig
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from mimo_strategy.checkpoint.writer import OnFailure
 from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel, Placement
 from mimo_strategy.layout_checks import encoder_schedule_failures
+from mimo_strategy.lightning_private import NoOptimizer
 from mimo_strategy.module import MimoModule
+from mimo_strategy.optimizer import ModuleOptimizer
 
 _ACCUMULATION = "each batch is a whole optimizer step: use a larger batch_size and num_microbatches"
 _CALLBACKS = {
@@ -166,6 +169,21 @@ def check_module(module: LightningModule) -> None:
             f"{type(module).__name__}.automatic_optimization is False, but a step with all of its backward passes runs "
             "in one schedule: leave it True"
         )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Check what ``configure_optimizers`` returned.
+
+    Raises:
+        TypeError: if it is not what ``MimoModule.make_optimizer`` makes.
+    """
+    for optimizer in optimizers:
+        if not isinstance(optimizer, ModuleOptimizer):
+            returned = "None" if isinstance(optimizer, NoOptimizer) else type(optimizer).__name__
+            raise TypeError(
+                f"configure_optimizers returned {returned}, but gradients are in buffers of megatron-core, where only "
+                "its own optimizer finds them: return what self.make_optimizer(OptimizerConfig(...)) makes"
+            )
 
 
 def check_encoder_scheduling(layout: Layout, encoder_batching: int, encoder_ahead: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,11 +15,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mimo_strategy import metrics
 from mimo_strategy.batch_checks import check_form
+from mimo_strategy.checkpoint.directory import located
+from mimo_strategy.checkpoint.loading import LIGHTNING_STATE
+from mimo_strategy.checkpoint.safe_reading import read_object
 from mimo_strategy.checkpoint.weights import load_weights
 from mimo_strategy.generation import Generation, generate
 from mimo_strategy.layout import ModuleLayout, ModuleSizes
 from mimo_strategy.lightning_private import logging_as
-from mimo_strategy.optimizer import ModuleOptimizer, plain_adamw
+from mimo_strategy.optimizer import ModuleOptimizer, check_optimizer_config, plain_adamw
 from mimo_strategy.planning.cost import CostUnknown, ModuleCost, Workload
 from mimo_strategy.prediction import Prediction, find_decoder, predict_own
 from mimo_strategy.runtime.encoder_batching import EncoderInputs
@@ -110,8 +113,18 @@ class MimoModule(LightningModule):
         return items.new_zeros((1, *items.shape[1:]))
 
     def configure_model(self) -> None:
-        """Build the modules of this rank, once."""
+        """Build the modules of this rank, once.
+
+        Raises:
+            ValueError: if they were built for another strategy.
+        """
         if self.model is not None:
+            strategy = None if self._trainer is None else self._trainer.strategy
+            if strategy is not None and getattr(strategy, "runtime", None) is not self.runtime:
+                raise ValueError(
+                    f"the model was built for another strategy and cannot be used under {type(strategy).__name__}: "
+                    "save a checkpoint, make a new model and load it there"
+                )
             return
         if self.build_context is None:
             self.build_context = BuildContext(
@@ -142,6 +155,27 @@ class MimoModule(LightningModule):
             self._to_load.append(partial(self.load_weights, path, modules=modules, strict=strict))
             return
         load_weights(self.model, path, modules=modules, strict=strict).warn(path)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, strict: bool = True, **settings: Any) -> Self:
+        """As Lightning's: a model made as the one that was saved, with its weights as soon as a Trainer has built it.
+
+        Args:
+            checkpoint_path: a checkpoint that any layout wrote, or a file that Lightning wrote on one device.
+            args: of Lightning's own, for its file.
+            strict: as for :meth:`load_weights`.
+            settings: arguments of ``__init__``, before those that ``save_hyperparameters`` kept.
+
+        Raises:
+            CheckpointError: if it has not what the strategy kept in it.
+        """
+        directory = located(Path(checkpoint_path))
+        if not directory.is_dir():
+            return super().load_from_checkpoint(checkpoint_path, *args, strict=strict, **settings)
+        kept = read_object(directory / LIGHTNING_STATE).get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        module = cls(**{**kept, **settings})
+        module.load_weights(checkpoint_path, strict=strict)
+        return module
 
     def check_machine(self, dtype: torch.dtype) -> None:
         """Check, before other ranks start, that this machine can run the modules in ``dtype``; optional.
@@ -263,7 +297,8 @@ class MimoModule(LightningModule):
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         """As Lightning's; within :meth:`forward_step` and :meth:`loss_step` the mean over microbatches and lanes.
 
-        Values are weighted by ``batch_size`` there, and every rank logs the same mean when the step is done.
+        Values are weighted by ``batch_size`` there, and every rank logs the same mean when the step is done. Of
+        :meth:`forward_step` the ranks of all modules and stages call it, each for its own lane's samples.
         """
         if self.runtime is not None and self.runtime.in_schedule:
             if args:
@@ -325,13 +360,16 @@ class MimoModule(LightningModule):
             config: settings for all modules, or by module name.
 
         Raises:
-            ValueError: if settings of a module are missing or name no module.
+            TypeError: if settings are no ``OptimizerConfig``.
+            ValueError: if settings of a module are missing, name no module or would not be heeded.
         """
         names = list(self.module_sizes())
         configs = dict(config) if isinstance(config, Mapping) else dict.fromkeys(names, config)
         if configs.keys() != set(names):
             raise ValueError(f"optimizer settings are for {sorted(configs)}, the modules are {sorted(names)}")
         configs = {name: configs[name] for name in names}
+        for name, own in configs.items():
+            check_optimizer_config(name, own)
         hold_frozen_routers(self.model)
         if self.runtime is not None:
             return ModuleOptimizer(

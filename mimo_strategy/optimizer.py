@@ -1,5 +1,6 @@
 """The optimizer that Lightning, schedulers and callbacks see, in front of megatron-core's."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -8,6 +9,33 @@ import torch
 from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.runtime.optimizer import HeteroOptimizer
+
+_SCHEDULED = "learning rates follow torch's schedulers, one of each module"
+# Settings of megatron-core that would change nothing: the values that are let be, and why no other.
+_WITHOUT_EFFECT = {
+    "optimizer": (("adam",), "modules are trained with Adam"),
+    "clip_grad": ((0.0, OptimizerConfig.clip_grad), "Trainer(gradient_clip_val=...) clips, by the norm of all modules"),
+    "min_lr": ((None,), _SCHEDULED),
+    "decoupled_lr": ((None,), _SCHEDULED),
+    "decoupled_min_lr": ((None,), _SCHEDULED),
+}
+
+
+def check_optimizer_config(name: str, config: Any) -> None:
+    """Check the settings of a module's optimizer.
+
+    Raises:
+        TypeError: if they are no ``OptimizerConfig``.
+        ValueError: for a learning rate that is none, and for settings that would not be heeded.
+    """
+    if not isinstance(config, OptimizerConfig):
+        raise TypeError(f"the optimizer settings of {name} must be an OptimizerConfig, got {config!r}")
+    if config.lr is None or not 0 <= config.lr < math.inf:
+        raise ValueError(f"OptimizerConfig.lr of {name} must be a finite number of at least 0, got {config.lr}")
+    for setting, (valid, why) in _WITHOUT_EFFECT.items():
+        value = getattr(config, setting)
+        if value not in valid:
+            raise ValueError(f"OptimizerConfig.{setting}={value!r} of {name} would not be heeded: {why}")
 
 
 class ModuleOptimizer(torch.optim.Optimizer):

@@ -32,9 +32,10 @@ class Preemption(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        for number in self._received:
+        # a signal may come at any time
+        received, self._received = self._received, set()
+        for number in received:
             pl_module.runtime.sums.add(f"{_NAME}/{number}", 1.0, 1)
-        self._received.clear()
 
     @override
     def on_train_batch_end(

@@ -36,6 +36,7 @@ from mimo_strategy.checks import (
     check_ddp,
     check_encoder_scheduling,
     check_module,
+    check_optimizers,
     check_trainer,
 )
 from mimo_strategy.dataloading import share_dataloader
@@ -56,6 +57,7 @@ from mimo_strategy.watchdog import Watchdog
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 # for all ranks to come to save after an exception, which may be one rank's alone
 _MEETING_TIME = timedelta(minutes=1)
+_BUILD_ANEW = "Save a checkpoint, make a new model and load it there."
 
 
 class MimoHeteroStrategy(ParallelStrategy):
@@ -77,6 +79,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         encoder_ahead: microbatches that encoders on ranks of their own run ahead of the language model in training,
             beyond the warm-up of 1F1B, so that they wait less for gradients. Their activations are kept for as many
             microbatches more.
+        cuda_graphs: replay Mamba layers and shared experts of the language model in training, which launches each of
+            their passes at once. On GPUs, for a language model with tp 1 and pp 1.
         timeout: for collectives; a rank that waits longer raises.
         watchdog: after this time without progress, print which step, collective and ranks the run waits for;
             ``None`` never does.
@@ -195,8 +199,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         check_ddp(self.layout.modules, self._ddp)
         if self._cuda_graphs:
             # whether parameters are gathered late does not depend on the device
-            ddp = resolve_ddp([LANGUAGE], self._ddp, on_gpus=True)
-            check_cuda_graphs(self.layout.modules[LANGUAGE], ddp[LANGUAGE])
+            check_cuda_graphs(self.layout.modules[LANGUAGE], self._ddp_configs(on_gpus=True)[LANGUAGE])
         check_data(self.layout, self._num_microbatches, *data)
 
     @override
@@ -214,6 +217,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         agreement.on_equal("layout", f"\n{self.layout}")
         agreement.on_equal("number of microbatches", self._num_microbatches)
         agreement.on_equal("precision", self.precision_plugin.precision)
+        agreement.on_equal("seed of seed_everything", os.environ.get("PL_GLOBAL_SEED"))
         if self._patience is not None:
             self._watchdog = Watchdog(self._patience)
             self._watchdog.start()
@@ -232,14 +236,26 @@ class MimoHeteroStrategy(ParallelStrategy):
 
         Raises:
             LayoutError: if it was built for another layout.
+            ValueError: if it was built for another precision, or is to be trained on with other settings of ``ddp``.
         """
         runtime = module.runtime
         built_for = module.build_context.topology.layout if module.model is not None else self.layout
         if built_for != self.layout or (module.model is not None and runtime is None):
             raise LayoutError(
-                f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n"
-                "Save a checkpoint, make a new model and load it there."
+                f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n{_BUILD_ANEW}"
             )
+        if runtime is not None:
+            dtype, wanted = runtime.dtype, self.precision_plugin.dtype
+            if dtype is not wanted:
+                raise ValueError(f"the model was built in {dtype} and cannot be used in {wanted}. {_BUILD_ANEW}")
+            on_gpus = self.root_device.type == "cuda"
+            fits = module.trainer.state.fn == TrainerFn.FITTING
+            for name, config in self._ddp_configs(on_gpus=on_gpus).items() if fits else ():
+                if config != runtime.ddp_configs[name]:
+                    raise ValueError(
+                        f"{name} was wrapped with\n{runtime.ddp_configs[name]}\nand cannot be trained with\n{config}\n"
+                        f"{_BUILD_ANEW}"
+                    )
         self.runtime = runtime
         self.topology = None
         release_abandoned()
@@ -269,12 +285,10 @@ class MimoHeteroStrategy(ParallelStrategy):
         self.model_to_device()
         module = self.lightning_module
         if self.runtime is None:
-            ddp = resolve_ddp(self.layout.modules, self._ddp, on_gpus=self.root_device.type == "cuda")
-            in_fp32 = self.precision_plugin.reduces_gradients_in_fp32
             self.runtime = MimoRuntime(
                 module.model,
                 self.topology,
-                ddp_configs={name: replace(config, grad_reduce_in_fp32=in_fp32) for name, config in ddp.items()},
+                ddp_configs=self._ddp_configs(on_gpus=self.root_device.type == "cuda"),
                 num_microbatches=self._num_microbatches,
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,
@@ -285,6 +299,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             module.runtime = self.runtime
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            check_optimizers(self.optimizers)
             show_all_modules(trainer.callbacks)
             if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
                 trainer.callbacks.append(Preemption())
@@ -292,6 +307,11 @@ class MimoHeteroStrategy(ParallelStrategy):
             self._checkpoint_writer()
             self._hide_from_collector()
         self.setup_precision_plugin()
+
+    def _ddp_configs(self, *, on_gpus: bool) -> dict[str, DistributedDataParallelConfig]:
+        ddp = resolve_ddp(self.layout.modules, self._ddp, on_gpus=on_gpus)
+        in_fp32 = self.precision_plugin.reduces_gradients_in_fp32
+        return {name: replace(config, grad_reduce_in_fp32=in_fp32) for name, config in ddp.items()}
 
     def _hide_from_collector(self) -> None:
         """What was built lives as long as the run; to look through it again and again would hold up the device."""
@@ -425,8 +445,15 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._enter("training", self.lightning_module.trainer.global_step)
-        return super().training_step(*args, **kwargs)
+        module = self.lightning_module
+        self._enter("training", module.trainer.global_step)
+        output = super().training_step(*args, **kwargs)
+        if output is None:
+            raise TypeError(
+                f"{type(module).__name__}.training_step returned None, but no rank can skip a batch that others train "
+                "on: return the mean of step_loss(batch, backward=True)"
+            )
+        return output
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,8 @@
 """Summary and speed: what they show of modules on other ranks, and that every operation is counted once."""
 
 import json
+import logging
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.callbacks import CaptionWriter, ModuleSummary, Throughput
-from mimo_strategy.testing import run_on_ranks
+from mimo_strategy.testing import RankError, run_on_ranks
 from modules import MambaMoE, MambaMoEConfig, Projector, ProjectorConfig, RadioConfig, RadioEncoder
 
 LAYOUTS = {
@@ -184,6 +186,21 @@ def test_the_summary_shows_every_module_of_every_rank_by_default(callback, capfd
     total, per_rank = totals["language"]
     assert total / 2 < per_rank < total
     assert rows["images"][-1] == rows["language"][-1] == "all"
+
+
+def test_under_another_strategy_the_summary_is_lightnings_and_speed_is_refused():
+    def run(*callbacks):
+        data = DataLoader(Subset(digits().train_dataset, range(8)), 8, collate_fn=collate)
+        trainer = make_trainer("auto", max_steps=1, callbacks=[*callbacks])
+        log, written = logging.getLogger("lightning.pytorch"), StringIO()
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler(written))
+        trainer.fit(vision_language("*"), data)
+        return written.getvalue()
+
+    assert "Trainable params" in run_on_ranks(run, 1, ModuleSummary())[0]
+    with pytest.raises(RankError, match="layout of MimoHeteroStrategy, there is none under SingleDeviceStrategy"):
+        run_on_ranks(run, 1, Throughput())
 
 
 def test_no_summary_if_the_trainer_wants_none(capfd):

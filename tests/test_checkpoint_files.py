@@ -17,7 +17,7 @@ import torch
 from checkpoint_runs import data, every_step, fit, model, strategy
 from tiny_runs import make_trainer
 
-from mimo_strategy.checkpoint import CheckpointError
+from mimo_strategy.checkpoint import CheckpointError, SaveError
 from mimo_strategy.checkpoint.directory import begin, located, newest_whole, publish, remove
 from mimo_strategy.checkpoint.loading import Checkpoint
 from mimo_strategy.checkpoint.manifest import MANIFEST, is_whole, write_file, write_manifest
@@ -324,3 +324,21 @@ def test_the_newest_whole_one_is_found(tmp_path):
     (tmp_path / "a.ckpt" / "content").unlink()
     assert newest_whole([tmp_path]) is None
     assert json.loads((tmp_path / "c.ckpt" / MANIFEST).read_text())["files"].keys() == {"content"}
+
+
+@pytest.mark.parametrize("inside", ["nested/notes.txt", None], ids=["folder", "file"])
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path, inside):
+    path = tmp_path / ("runs" if inside else "last.ckpt")
+    notes = path / inside if inside else path
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    notes.write_text("kept")
+    with pytest.raises(SaveError, match="no checkpoint has this name"):
+        make(path, "new")
+    assert notes.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_folder_is_replaced(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    make(tmp_path / "last.ckpt", "new")
+    assert content_of(tmp_path / "last.ckpt") == "new"

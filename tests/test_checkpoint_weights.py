@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from checkpoint_runs import COLOCATED, DISJOINT, data, every_step, fit, model, strategy
 from lightning.pytorch import seed_everything
-from tiny_runs import make_trainer, read_weights
+from tiny_runs import digits, make_trainer, read_weights
 
+from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy.checkpoint import CheckpointError, export_weights, import_weights, save_weights
 from mimo_strategy.testing import RankError, run_on_ranks
+from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 PREFIXES = {"images": "modality_submodules.images.", "language": "language_model."}
 
@@ -182,3 +184,34 @@ def test_half_precision_reads_what_single_precision_wrote_and_back(folder, tmp_p
     assert half == pytest.approx(single[:1], rel=0.02)
     assert half != single[:1]
     assert back == pytest.approx(single[1:], rel=0.02)
+
+
+class Sized(NemotronVLM):
+    """Keeps its arguments in checkpoints."""
+
+    def __init__(self, hidden_size: int, label: str) -> None:
+        vocabulary = digits().vocabulary
+        language = MambaMoEConfig.tiny(pattern="*E", hidden_size=hidden_size)
+        super().__init__(RadioConfig.tiny(), language, vocabulary.image_token_id, vocabulary.end_token_id)
+        self.save_hyperparameters()
+        self.label = label
+
+
+def test_a_model_is_made_from_its_checkpoint(tmp_path):
+    path = tmp_path / "sized.ckpt"
+
+    def validate(modules, module):
+        trainer = make_trainer(MimoHeteroStrategy(modules), limit_val_batches=2)
+        (metrics,) = trainer.validate(module, data(), verbose=False)
+        trainer.save_checkpoint(path)
+        return module.label, module.hparams["hidden_size"], metrics["val_loss"]
+
+    label, hidden_size, loss = run_on_ranks(lambda: validate(COLOCATED, Sized(32, label="first")), 4)[0]
+    assert (label, hidden_size) == ("first", 32)
+    again = run_on_ranks(lambda: validate(DISJOINT, Sized.load_from_checkpoint(path, label="second")), 3)[0]
+    assert again == ("second", 32, pytest.approx(loss, rel=1e-5))
+
+
+def test_a_model_is_not_made_from_any_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Sized.load_from_checkpoint(tmp_path, hidden_size=32, label="")

@@ -420,6 +420,10 @@ def test_a_run_is_trained_written_and_exported(tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(tmp_path / "none.ckpt"), str(file)]) == 2
     assert "mimo export: there is no" in capsys.readouterr().err
+    assert main(["export", str(checkpoint), str(tmp_path / "none" / "weights.safetensors")]) == 2
+    assert "mimo export: [Errno 2] No such file" in capsys.readouterr().err
+    assert main(["import", str(file), str(tmp_path)]) == 2
+    assert "that is no checkpoint has this name" in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from lightning.pytorch import Callback, seed_everything
 from tiny_runs import Recorder, digits, make_trainer, vision_language
 from torch.distributed.distributed_c10d import _world
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate
-from mimo_strategy import MimoHeteroStrategy
+from mimo_strategy import DistributedDataParallelConfig, MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.testing import run_on_ranks
 
@@ -108,6 +109,57 @@ def test_a_model_is_not_built_again_for_the_next_verb():
 
     for built in run_on_ranks(run, 2):
         assert built == built[:1] * 5
+
+
+class FailsOnce(Callback):
+    """An error in the second microbatch of the first step, which the schedule does not live through."""
+
+    def on_train_start(self, trainer, module):
+        loss_step, seen = module.loss_step, []
+
+        def failing(output, microbatch):
+            seen.append(microbatch)
+            if len(seen) == 2:
+                raise ArithmeticError
+            return loss_step(output, microbatch)
+
+        module.loss_step = failing
+
+
+def test_a_step_that_failed_leaves_nothing_to_the_next_fit():
+    def run():
+        steps = []
+        for fails in (False, True):
+            seed_everything(1, verbose=False)
+            model, recorder = vision_language("*"), Recorder()
+            if fails:
+                with pytest.raises(ArithmeticError):
+                    make_trainer(MimoHeteroStrategy(None, 4), max_steps=1, callbacks=[FailsOnce()]).fit(model, data())
+                del model.loss_step
+            make_trainer(MimoHeteroStrategy(None, 4), max_steps=1, callbacks=[recorder]).fit(model, data())
+            steps.append(recorder.steps)
+        return steps
+
+    ((steps, after_failure),) = run_on_ranks(run, 1)
+    assert after_failure == steps
+
+
+def test_a_model_is_not_used_with_settings_that_it_was_not_built_for():
+    def run():
+        model = vision_language("*")
+        make_trainer(MimoHeteroStrategy(), max_steps=1).fit(model, data())
+        with pytest.raises(ValueError, match=r"was built in torch.float32 and cannot be used in torch.bfloat16"):
+            make_trainer(MimoHeteroStrategy(), precision="bf16-mixed").validate(model, data())
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
+        with pytest.raises(ValueError, match="images was wrapped with"):
+            make_trainer(MimoHeteroStrategy(ddp=ddp), max_steps=1).fit(model, data())
+        # where nothing is reduced, that makes no difference
+        make_trainer(MimoHeteroStrategy(ddp=ddp), limit_val_batches=1).validate(model, data(), verbose=False)
+        with pytest.raises(ValueError, match="another strategy and cannot be used under SingleDeviceStrategy"):
+            make_trainer("auto", max_steps=1).fit(model, data())
+        return True
+
+    assert run_on_ranks(run, 1) == [True]
 
 
 def test_no_group_outlives_the_process_group():

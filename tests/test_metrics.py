@@ -242,6 +242,34 @@ def test_sums_of_ranks_that_know_different_names():
     assert run_on_ranks(reduce, 3) == [expected] * 3
 
 
+def test_a_metric_may_be_named_as_the_loss_and_changes_no_gradient():
+    class NamesLoss(NemotronVLM):
+        names: tuple[str, str]
+
+        def loss_step(self, output, microbatch):
+            loss = super().loss_step(output, microbatch)
+            self.log(self.names[0], 3.0, batch_size=5)
+            return loss._replace(metrics={self.names[1]: (torch.tensor(4.0), torch.tensor(2.0))})
+
+    def run(*names):
+        seed_everything(1, verbose=False)
+        vocabulary = digits().vocabulary
+        model = NamesLoss(
+            RadioConfig.tiny(), MambaMoEConfig.tiny(pattern="*"), vocabulary.image_token_id, vocabulary.end_token_id
+        )
+        model.names = names
+        recorder = Recorder()
+        trainer = make_trainer(MimoHeteroStrategy({"images": P(dp=2), "language": P(dp=2)}), max_steps=1)
+        trainer.callbacks.append(recorder)
+        trainer.fit(model, batches(1))
+        return recorder.steps, [trainer.callback_metrics[name].item() for name in names]
+
+    steps, logged = run_on_ranks(run, 2, "answer", "length")[0]
+    assert run_on_ranks(run, 2, "loss", "length")[0] == (steps, logged)
+    assert run_on_ranks(run, 2, "answer", "loss")[0] == (steps, logged)
+    assert logged == [3.0, 2.0]
+
+
 def test_a_metric_of_different_size_is_named():
     def reduce():
         sums = StepSums(torch.device("cpu"))
@@ -280,6 +308,42 @@ def test_what_cannot_be_logged_within_a_step(value, settings, message):
 
 
 # ---- optimizers
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": None}, "OptimizerConfig.lr of language must be a finite number of at least 0, got None"),
+        ({"lr": math.nan}, "OptimizerConfig.lr of language must be a finite number of at least 0, got nan"),
+        ({"optimizer": "sgd"}, "OptimizerConfig.optimizer='sgd' of language would not be heeded"),
+        ({"clip_grad": 0.5}, r"OptimizerConfig.clip_grad=0.5 of language would not be heeded: Trainer\(gradient_clip"),
+        ({"decoupled_lr": 1e-3}, "OptimizerConfig.decoupled_lr=0.001 of language would not be heeded"),
+        ({"min_lr": 1e-5}, "OptimizerConfig.min_lr=1e-05 of language would not be heeded"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_would_not_be_heeded_are_refused(settings, message):
+    model = vision_language()
+    with pytest.raises(ValueError, match=message):
+        model.make_optimizer({"images": OPTIMIZER, "language": replace(OPTIMIZER, **settings)})
+    with pytest.raises(TypeError, match=r"of images must be an OptimizerConfig, got 0.1"):
+        model.make_optimizer(0.1)
+
+
+@pytest.mark.parametrize("make", [lambda parameters: torch.optim.SGD(parameters, lr=1.0), lambda parameters: None])
+def test_an_optimizer_that_would_train_nothing_is_refused(make):
+    class Own(NemotronVLM):
+        def configure_optimizers(self):
+            return make(self.parameters())
+
+    def run():
+        vocabulary = digits().vocabulary
+        model = Own(RadioConfig.tiny(), MambaMoEConfig.tiny(), vocabulary.image_token_id, vocabulary.end_token_id)
+        with pytest.raises(TypeError, match=r"configure_optimizers returned (SGD|None), but .*self.make_optimizer"):
+            make_trainer(MimoHeteroStrategy(), max_steps=1).fit(model, batches(1))
+        return True
+
+    assert run_on_ranks(run, 1) == [True]
 
 
 def test_settings_by_module_reach_its_groups_and_small_parameters_do_not_decay():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from megatron.core import parallel_state
 from tiny_runs import PATTERN, digits, make_trainer, text_only, train, vision_language
 from torch.utils.data import DataLoader, Subset
@@ -18,7 +18,7 @@ from mimo_strategy import ModuleParallel as P
 from mimo_strategy.checkpoint import load_weights
 from mimo_strategy.launcher import CheckingLauncher
 from mimo_strategy.testing import RankError, run_on_ranks
-from modules import MambaMoEConfig, NemotronVLM, RadioConfig
+from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig
 
 PLACEMENTS = {
     "colocated": {"images": P(dp=4), "language": P(tp=2, dp=2, ep=2)},
@@ -336,6 +336,48 @@ def test_ranks_started_by_others_refuse_it_too():
         with pytest.raises(LayoutError, match="A layout that fits 2"):
             make_trainer(MimoHeteroStrategy({"images": P(tp=4), "language": P()}), max_steps=1).fit(
                 vision_language(), loader(8)
+            )
+        return True
+
+    assert run_on_ranks(run, 2) == [True, True]
+
+
+def test_ranks_of_different_seeds_are_refused():
+    """Weights and the order of samples would differ."""
+
+    def run():
+        seed_everything(7 + dist.get_rank(), verbose=False)
+        with pytest.raises(ValueError, match=r"seed of seed_everything .* but is 7 on rank\(s\) 0, 8 on rank\(s\) 1"):
+            make_trainer(MimoHeteroStrategy(), max_steps=1).fit(vision_language("*"), loader(8))
+        return True
+
+    assert run_on_ranks(run, 2) == [True, True]
+
+
+def test_a_batch_that_one_rank_would_skip_ends_all():
+    class Skips(NemotronVLM):
+        def training_step(self, batch, batch_idx):
+            return None if dist.get_rank() == 1 else super().training_step(batch, batch_idx)
+
+    def run():
+        model = Skips(RadioConfig.tiny(), MambaMoEConfig.tiny(), 2, 1, optimizer=OptimizerConfig(lr=1e-3))
+        make_trainer(MimoHeteroStrategy(), max_steps=1).fit(model, loader(8))
+
+    with pytest.raises(RankError, match=r"Skips.training_step returned None, but no rank can skip"):
+        run_on_ranks(run, 2)
+
+
+def test_stages_of_a_pipeline_share_no_weights():
+    class Tied(MambaMoE):
+        def module_spec(self, *args):
+            spec = super().module_spec(*args)
+            spec.params["share_embeddings_and_output_weights"] = True
+            return spec
+
+    def run():
+        with pytest.raises(LayoutError, match="share_embeddings_and_output_weights=True, but with pp 2"):
+            make_trainer(MimoHeteroStrategy({"language": P(pp=2)}, 2), max_steps=1).fit(
+                Tied(MambaMoEConfig.tiny(pattern="**"), OptimizerConfig(lr=1e-3)), loader(8)
             )
         return True
 

@@ -17,11 +17,14 @@ class ModuleSummary(ModelSummary):
     """Prints, when fitting starts, every module with its layout and its number of parameters.
 
     The strategy puts it in the place of Lightning's own summary, which sees only what is built on the first rank.
-    ``Trainer(enable_model_summary=False)`` leaves it out.
+    ``Trainer(enable_model_summary=False)`` leaves it out. Under other strategies it is Lightning's.
     """
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.runtime is None:
+            super().on_fit_start(trainer, pl_module)
+            return
         counts = count_parameters(pl_module.runtime)
         rank_zero_only(print)(_table(pl_module.runtime.topology.layout.modules, counts))
 

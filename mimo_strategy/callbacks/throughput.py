@@ -32,6 +32,9 @@ class Throughput(Callback):
 
     Args:
         peak_flops: operations per second of a device; ``None`` looks it up by the name of the GPU.
+
+    Raises:
+        ValueError: when fitting starts under another strategy.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -40,6 +43,11 @@ class Throughput(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.runtime is None:
+            raise ValueError(
+                f"Throughput counts by the layout of MimoHeteroStrategy, there is none under "
+                f"{type(trainer.strategy).__name__}"
+            )
         self._step_began = None
         if self._peak_flops is None and trainer.strategy.root_device.type == "cuda":
             self._peak_flops = get_available_flops(trainer.strategy.root_device, pl_module.build_context.dtype)

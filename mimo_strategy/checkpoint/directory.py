@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from mimo_strategy.checkpoint.manifest import is_whole, read_manifest
+from mimo_strategy.checkpoint.errors import SaveError
+from mimo_strategy.checkpoint.manifest import MANIFEST, is_whole, read_manifest
 
 _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
@@ -33,7 +34,12 @@ def begin(directory: Path, run_began: float) -> None:
     Args:
         directory: the checkpoint.
         run_began: when the run that writes it did, in seconds since the epoch.
+
+    Raises:
+        SaveError: if something else has its name.
     """
+    if not (directory.is_symlink() or _may_be_replaced(directory)):
+        raise SaveError("something that is no checkpoint has this name, and would be lost; choose another one")
     _clean_up(directory.parent, run_began)
     abandon(directory)
     unfinished(directory).mkdir(parents=True)
@@ -87,6 +93,13 @@ def newest_whole(folders: Iterable[Path]) -> Path | None:
         for path in (*folder.glob(f"*{_SUFFIX}"), *folder.glob(f"{_REPLACED}/*{_SUFFIX}"))
     }
     return max(filter(is_whole, found), key=lambda path: read_manifest(path)["saved"], default=None)
+
+
+def _may_be_replaced(directory: Path) -> bool:
+    """Whether there is a checkpoint, be it damaged, an empty folder, or nothing."""
+    if directory.is_dir():
+        return directory.suffix == _SUFFIX or (directory / MANIFEST).exists() or not any(directory.iterdir())
+    return not directory.exists()
 
 
 def _replaced(directory: Path) -> Path:

@@ -40,7 +40,7 @@ def _convert(function: str, parser: argparse.ArgumentParser, arguments: list[str
 
     try:
         getattr(checkpoint, function)(source, target)
-    except checkpoint.CheckpointError as error:
+    except (checkpoint.CheckpointError, checkpoint.SaveError, OSError) as error:
         raise UsageError(str(error)) from error
     print(f"wrote {target}")
     return 0

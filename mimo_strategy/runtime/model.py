@@ -14,13 +14,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.utils import unwrap_model
 
-from mimo_strategy.layout import LANGUAGE, ModuleLayout
+from mimo_strategy.layout import LANGUAGE, LayoutError, ModuleLayout
 from mimo_strategy.runtime.colocated_bridge import ColocatedBridge
 from mimo_strategy.runtime.seeding import ModuleRng
 from mimo_strategy.step_batch import Batch, counts_key
 from mimo_strategy.topology import Topology
 
 _SEEDS_PER_MODULE = 10_000
+_TIED = "share_embeddings_and_output_weights"
 
 
 class DescribesModules(Protocol):
@@ -242,11 +243,19 @@ def build_model(
         dtype: dtype of the parameters.
         device: device of the parameters.
         seed: the same on every rank.
+
+    Raises:
+        LayoutError: if stages of a pipeline would have to share weights.
     """
     specs = {
         name: description.module_spec(name, layout, topology.groups.get(name), dtype)
         for name, layout in topology.layout.modules.items()
     }
+    pp = topology.layout.modules[LANGUAGE].pp
+    if pp > 1 and specs[LANGUAGE].params.get(_TIED):
+        raise LayoutError(
+            f"{LANGUAGE} has {_TIED}=True, but with pp {pp} they are on different ranks: make it False, or pp 1"
+        )
     config = MimoModelConfig(
         language_model_spec=specs.pop(LANGUAGE),
         modality_submodules_spec=specs,
