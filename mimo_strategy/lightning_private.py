@@ -18,12 +18,30 @@ __all__ = [
     "IndexBatchSampler",
     "NoOptimizer",
     "SubprocessScriptLauncher",
+    "begin_next_epoch",
     "checkpoint_folders",
     "init_dist_connection",
     "logging_as",
+    "set_up_loaders_anew",
     "take_over_signals",
     "unified_precision",
 ]
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Let a run that goes on from the end of an epoch begin the next one, with its hooks and counts.
+
+    Lightning 2.6 takes a checkpoint of an epoch's last batch for one of its middle, and does not count the epoch that
+    it begins: a checkpoint from within that one looks like an epoch's end, and a run that goes on from it would begin
+    the epoch again. Under ``max_steps`` a checkpoint of an epoch's end leads to one more batch of that epoch.
+    """
+    loop = trainer.fit_loop
+    if not loop.restarting or loop.epoch_progress.current.processed < loop.epoch_progress.current.ready:
+        return
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop.epoch_loop.restarting = False
+    loop.reset_restart_stage()
 
 
 def checkpoint_folders(trainer: Trainer) -> set[Path]:
@@ -44,6 +62,15 @@ def logging_as(module: LightningModule, hook: str) -> Iterator[None]:
         yield
     finally:
         module._current_fx_name = running
+
+
+def set_up_loaders_anew(trainer: Trainer) -> None:
+    """Let the fit loop set up its loaders once more, now that a checkpoint has their state.
+
+    Lightning 2.6 reads that state only where it sets them up, and leaves out to do so if a scheduler has asked for the
+    number of steps before (``estimated_stepping_batches``): a run would go on with the first batches of its epoch.
+    """
+    trainer.fit_loop._combined_loader = None
 
 
 def take_over_signals(trainer: Trainer) -> bool:

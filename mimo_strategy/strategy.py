@@ -42,7 +42,13 @@ from mimo_strategy.checks import (
 from mimo_strategy.dataloading import share_dataloader
 from mimo_strategy.launcher import CheckingLauncher, refuse_launcher
 from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleParallel
-from mimo_strategy.lightning_private import IS_INTERACTIVE, checkpoint_folders, init_dist_connection
+from mimo_strategy.lightning_private import (
+    IS_INTERACTIVE,
+    begin_next_epoch,
+    checkpoint_folders,
+    init_dist_connection,
+    set_up_loaders_anew,
+)
 from mimo_strategy.module import BuildContext, MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
@@ -410,6 +416,8 @@ class MimoHeteroStrategy(ParallelStrategy):
             strict=module.strict_loading,
         )
         mismatch.warn(checkpoint_path)
+        if optimizer:
+            set_up_loaders_anew(module.trainer)
         if optimizer and "optimizer_states" in state:
             optimizer.load_settings(state["optimizer_states"][0])
         return state
@@ -442,6 +450,10 @@ class MimoHeteroStrategy(ParallelStrategy):
             writer.close(interrupted=self.lightning_module.trainer.interrupted)
 
     # ---- steps
+
+    @override
+    def on_train_start(self) -> None:
+        begin_next_epoch(self.lightning_module.trainer)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

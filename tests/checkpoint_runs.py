@@ -77,7 +77,8 @@ def fit(
     recorder = Recorder()
     trainer = make_trainer(
         strategy,
-        max_steps=MAX_STEPS,
+        # asks the loader for its length before a checkpoint is loaded
+        max_epochs=MAX_STEPS // STEPS_PER_EPOCH,
         callbacks=[recorder, StopAfter(last), *callbacks],
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         use_distributed_sampler=True,

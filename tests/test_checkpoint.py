@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
-from checkpoint_runs import COLOCATED, DISJOINT, Run, every_step, fit, model, strategy
+from checkpoint_runs import COLOCATED, DISJOINT, Run, StopAfter, data, every_step, fit, model, strategy
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_runs import make_trainer
 
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.testing import run_on_ranks
@@ -67,6 +70,60 @@ def test_any_layout_loads_what_any_other_saved(uninterrupted, tmp_path, before):
     for after in LAYOUTS:
         ranks = go_on(after, tmp_path / "step=2.ckpt", 5, tmp_path / after.replace("/", "-"))
         assert_same(ranks, whole, 2, 5, after)
+
+
+class Seen(Callback):
+    """Of every step its number, the batch's and the epoch's, the samples and the loss; and when epochs began."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple] = []
+        self.epochs: list[tuple[int, int]] = []
+
+    def on_train_epoch_start(self, trainer, module):
+        self.epochs.append((trainer.global_step, trainer.current_epoch))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        samples = sorted(batch["sample_id"].tolist())
+        self.steps.append((trainer.global_step, batch_idx, trainer.current_epoch, samples, outputs["loss"].item()))
+
+
+MOMENTS = {
+    "steps": {"every_n_train_steps": 2},
+    "validation": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+    "epochs": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+}
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 12}], ids=lambda limit: next(iter(limit)))
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_goes_on_again_and_again_whenever_it_was_saved(tmp_path, moment, limit):
+    """Each time from what it saved itself since; 12 steps in 3 epochs, validated at every other step."""
+
+    def run(start, end, folder):
+        seed_everything(4, workers=True, verbose=False)
+        seen, validates = Seen(), moment == "validation"
+        trainer = make_trainer(
+            strategy(),
+            callbacks=[seen, StopAfter(end), ModelCheckpoint(folder, "{step}", save_top_k=-1, **MOMENTS[moment])],
+            enable_checkpointing=True,
+            use_distributed_sampler=True,
+            limit_val_batches=int(validates),
+            val_check_interval=2 if validates else None,
+            num_sanity_val_steps=0,
+            **limit,
+        )
+        trainer.fit(model(), data(), data() if validates else None, ckpt_path=start)
+        return seen.steps, seen.epochs
+
+    steps, epochs = run_on_ranks(run, 1, None, 12, tmp_path / "whole")[0]
+    assert [begun for begun, _ in epochs] == [0, 4, 8]
+    every = 4 if moment == "epochs" else 2
+    start = tmp_path / "whole" / f"step={every}.ckpt"
+    for first in range(every, 12, every):
+        again = run_on_ranks(run, 1, start, first + every, tmp_path / str(first))[0]
+        assert again[0] == steps[first : first + every]
+        assert again[1] == [begun for begun in epochs if first <= begun[0] < first + every]
+        start = tmp_path / str(first) / f"step={first + every}.ckpt"
 
 
 EXACT = {
