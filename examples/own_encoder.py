@@ -80,9 +80,6 @@ class Siglip(CLIPViTModel):
         # checkpoints look here first, and then for a global one, which there is not
         self.tp_group = groups.tp
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.config.params_dtype))
-
 
 class SiglipVLM(MimoModule):
     """SigLIP, projector and Mamba-MoE language model. Its modules are ``images`` and ``language``.

@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from mimo_strategy.checkpoint.writer import OnFailure
 from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel, Placement
@@ -171,6 +171,19 @@ def check_module(module: LightningModule) -> None:
         )
 
 
+def check_predicts(module: MimoModule) -> None:
+    """Check that the root module tells what to predict.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not is_overridden("predict_step", module):
+        raise ValueError(
+            f"{type(module).__name__} has no predict_step: write one that returns "
+            "self.predict(batch, end_token_id=...), to generate text"
+        )
+
+
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Check what ``configure_optimizers`` returned.
 
@@ -250,7 +263,7 @@ def check_data(layout: Layout, num_microbatches: int, *sources: Any) -> None:
         TypeError: if a ``batch_size`` is no whole number.
     """
     for source in _leaves(sources):
-        batch_size = getattr(source, "batch_size", None)
+        batch_size = declared_batch_size(source)
         if batch_size is None:
             continue
         if type(batch_size) is not int:
@@ -264,5 +277,11 @@ def _leaves(source: Any) -> Iterator[Any]:
     if isinstance(source, list | tuple):
         for part in source:
             yield from _leaves(part)
-    elif isinstance(source, DataLoader) or hasattr(source, "batch_size"):
+    else:
         yield source
+
+
+def declared_batch_size(source: Any) -> Any:
+    """The ``batch_size`` of a loader or datamodule, also where ``save_hyperparameters`` kept it; ``None`` without."""
+    declared = getattr(source, "batch_size", None)
+    return getattr(getattr(source, "hparams", None), "batch_size", None) if declared is None else declared

@@ -1,9 +1,11 @@
 """Start the ranks as DDP does, after checking in one process what can be checked."""
 
+import signal
 from collections.abc import Callable
 from typing import Any, NoReturn, override
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mimo_strategy.failures import print_causes_once
 from mimo_strategy.frame_stack import call_with_room
@@ -39,7 +41,12 @@ class CheckingLauncher(SubprocessScriptLauncher):
         args = [
             (self._last_checkpoint(trainer) or arg) if isinstance(arg, str) and arg == "last" else arg for arg in args
         ]
-        return super().launch(call_with_room, function, *args, trainer=trainer, **kwargs)
+        try:
+            return super().launch(call_with_room, function, *args, trainer=trainer, **kwargs)
+        except SIGTERMException as ended:
+            # as a process that the signal ends: a run that is not done must not look like one that is
+            ended.code = 128 + signal.SIGTERM
+            raise
 
     @override
     def _call_children_scripts(self) -> None:

@@ -45,12 +45,17 @@ def begin_next_epoch(trainer: Trainer) -> None:
 
 
 def checkpoint_folders(trainer: Trainer) -> set[Path]:
-    """Where the Trainer's callbacks keep their checkpoints."""
-    return {
-        Path(callback.dirpath if keeps_errors else callback._ModelCheckpoint__resolve_ckpt_dir(trainer))
-        for callback in trainer.callbacks
-        if (keeps_errors := isinstance(callback, OnExceptionCheckpoint)) or isinstance(callback, ModelCheckpoint)
-    }
+    """Where the Trainer's callbacks keep their checkpoints, and kept those of earlier versions of the logger's run."""
+    folders = set()
+    for callback in trainer.callbacks:
+        if isinstance(callback, OnExceptionCheckpoint):
+            folders.add(Path(callback.dirpath))
+        elif isinstance(callback, ModelCheckpoint):
+            folder = Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))
+            folders.add(folder)
+            if folder.parent.name.startswith("version_"):
+                folders |= set(folder.parent.parent.glob(f"version_*/{folder.name}"))
+    return folders
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -244,8 +245,13 @@ class MimoModule(LightningModule):
         return output
 
     def inputs_of_encoders(self, items: Batch) -> EncoderInputs:
-        """What this rank's encoders are called with for their ``items``, blank where there are none."""
+        """What this rank's encoders are called with for their ``items``, blank where there are none.
+
+        Items of floating-point numbers come in the dtype of the parameters.
+        """
+        dtype = self.build_context.dtype
         own = {name: items[name] for name in self.model.modality_submodules}
+        own = {name: part.to(dtype) if part.is_floating_point() else part for name, part in own.items()}
         blank = {name: self.blank_items(name, empty) for name, empty in own.items() if len(empty) == 0}
         return EncoderInputs({name: self.encoder_inputs(name, part) for name, part in (own | blank).items()}, blank)
 
@@ -266,7 +272,13 @@ class MimoModule(LightningModule):
         Args:
             batch: what the loader yielded on this rank.
             backward: under ``MimoHeteroStrategy``, compute the gradients too. On one device Lightning does.
+
+        Raises:
+            ValueError: if the batch lacks what the loss is computed from, or its items do not fit the samples.
         """
+        for name, reader in (("labels", "forward_step"), ("loss_mask", "loss_step")):
+            if name not in batch and not is_overridden(reader, self, MimoModule):
+                raise ValueError(f"the batch has no {name} to compute the loss from, only {sorted(batch)}")
         batch = self.count_batch(batch)
         if self.runtime is not None:
             loss = self.runtime.run_step(

@@ -6,6 +6,7 @@ from typing import Any, override
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mimo_strategy.lightning_private import take_over_signals
 
@@ -46,6 +47,7 @@ class Preemption(Callback):
             if f"{_NAME}/{number}" not in pl_module.runtime.reported:
                 continue
             if number == signal.SIGTERM:
+                rank_zero_warn(f"SIGTERM ends the run after step {trainer.global_step}")
                 # Lightning raises SIGTERMException after the batch
                 connector.received_sigterm = True
             else:

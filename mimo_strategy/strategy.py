@@ -37,6 +37,7 @@ from mimo_strategy.checks import (
     check_encoder_scheduling,
     check_module,
     check_optimizers,
+    check_predicts,
     check_trainer,
 )
 from mimo_strategy.dataloading import share_dataloader
@@ -199,6 +200,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         """
         check_trainer(trainer)
         check_module(model)
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            check_predicts(model)
         model.check_machine(self.precision_plugin.dtype)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
         check_encoder_scheduling(self.layout, self._encoder_batching, self._encoder_ahead)

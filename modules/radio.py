@@ -177,7 +177,7 @@ class _RadioTokens(MegatronModule):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        patches = self.radio_model(images.to(self.config.params_dtype))[:, self._radio.class_tokens :]
+        patches = self.radio_model(images)[:, self._radio.class_tokens :]
         shuffle = self._radio.pixel_shuffle
         rows = self._radio.image_height // self._radio.patch_size // shuffle
         columns = self._radio.image_width // self._radio.patch_size // shuffle

@@ -17,8 +17,9 @@ from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.callbacks import CaptionWriter, ModuleSummary, Throughput
+from mimo_strategy.prediction import Prediction
 from mimo_strategy.testing import RankError, run_on_ranks
-from modules import MambaMoE, MambaMoEConfig, Projector, ProjectorConfig, RadioConfig, RadioEncoder
+from modules import MambaMoE, MambaMoEConfig, NemotronVLM, Projector, ProjectorConfig, RadioConfig, RadioEncoder
 
 LAYOUTS = {
     "colocated": {"images": P(dp=4), "language": P(tp=2, dp=2, ep=2)},
@@ -227,6 +228,33 @@ def predict_alone(folder):
     model.predict_step = lambda batch, batch_idx: batch["input_ids"]
     with pytest.raises(TypeError, match="as a Prediction"):
         make_trainer("auto", callbacks=[CaptionWriter(folder / "none")]).predict(model, digits(4))
+
+
+class Answering(NemotronVLM):
+    """Generates what each sample's labels say, with the end token."""
+
+    def predict_step(self, batch, batch_idx):
+        answers = [row[mask > 0].tolist() for row, mask in zip(batch["labels"], batch["loss_mask"], strict=True)]
+        assert all(answer[-1] == self.end_token_id for answer in answers)
+        return Prediction(batch["sample_id"].tolist(), answers, [])
+
+
+def test_right_answers_read_as_what_is_right_without_words(tmp_path):
+    class Wordless(DigitsDataModule):
+        def predict_dataloader(self):
+            self.vocabulary = None
+            return DataLoader(Subset(self.val_dataset, range(3)), batch_size=3, collate_fn=collate)
+
+    def run():
+        vocabulary = digits().vocabulary
+        model = Answering(
+            RadioConfig.tiny(), MambaMoEConfig.tiny(pattern="*"), vocabulary.image_token_id, vocabulary.end_token_id
+        )
+        make_trainer("auto", callbacks=[CaptionWriter(tmp_path)]).predict(model, Wordless(4, seq_length=24))
+
+    run_on_ranks(run, 1)
+    records = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [record["text"] for record in records] == [record["truth"] for record in records]
 
 
 def test_captions_are_written_by_one_process_and_without_labels(tmp_path):

@@ -338,6 +338,11 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path, inside):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_path_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no .*none.ckpt"):
+        Checkpoint(tmp_path / "none.ckpt")
+
+
 def test_an_empty_folder_is_replaced(tmp_path):
     (tmp_path / "last.ckpt").mkdir()
     make(tmp_path / "last.ckpt", "new")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from checkpoint_runs import MAX_STEPS, data, every_step, fit, model, strategy
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import make_trainer
 
 from mimo_strategy import strategy as strategy_module
@@ -205,6 +206,16 @@ def test_last_is_the_newest_whole_one(tmp_path):
     for name in ("last.ckpt", "step=4.ckpt"):
         (tmp_path / name / MANIFEST).unlink()
     assert run_on_ranks(run, 2, 4) == [1, 1]
+
+
+def test_last_is_found_in_earlier_versions_of_a_run(tmp_path):
+    def run(last):
+        logger = CSVLogger(tmp_path, name="run")
+        keep = ModelCheckpoint(every_n_train_steps=1, save_last=True)
+        losses = fit(strategy(), last, "last", callbacks=(keep,), logger=logger).losses
+        return len(losses), logger.version
+
+    assert [run_on_ranks(run, 1, last)[0] for last in (2, 3, 5)] == [(2, 0), (1, 1), (2, 2)]
 
 
 def test_without_a_whole_one_last_says_what_is_wrong(tmp_path):

@@ -432,3 +432,27 @@ def test_configuration_trains(name, tmp_path):
     path = str(CONFIGS / f"{name}.yaml")
     mimo("fit", "--config", path, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", folder=tmp_path)
     assert (tmp_path / f"runs/{name}/version_0/checkpoints/last.ckpt").is_dir()
+
+
+def test_classes_of_the_current_folder_are_found(tmp_path):
+    """By the script that is installed, for which Python does not look there; their batch size among them."""
+    (tmp_path / "own_data.py").write_text(
+        "from lightning.pytorch import LightningDataModule\n"
+        "class OwnData(LightningDataModule):\n"
+        "    image_token_id, end_token_id, vocab_size, tokens_per_image = 2, 1, 64, 16\n"
+        "    def __init__(self, batch_size: int):\n"
+        "        super().__init__()\n"
+        "        self.save_hyperparameters()\n"
+    )
+    script = "import sys; from mimo_strategy.cli.main import main; sys.exit(main())"
+    config = ["--config", str(CONFIGS / "cpu-digits.yaml"), "--data", "own_data.OwnData", "--data.batch_size=9"]
+    result = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", script, "layout", *config],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "the step batch of 9 samples must be a multiple" in result.stdout

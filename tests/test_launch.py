@@ -264,6 +264,8 @@ def test_a_rank_that_is_told_to_terminate_ends_all_and_all_save(port, tmp_path):
         assert "trained" not in output
         assert "step 2 loss" in output
         assert "step 3 loss" not in output
+    assert "SIGTERM ends the run after step 2" in ended.output[0]
+    assert ended.codes == [143, 143]
     assert ended.since_failure < SECONDS_TO_END
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["on_exception.ckpt"]
     assert (tmp_path / "on_exception.ckpt" / ".metadata").is_file()

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from tiny_runs import make_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import DigitsDataModule, collate
@@ -32,6 +33,17 @@ def reference() -> Reference:
 )
 def test_siglip_trains_like_one_process(world_size, modules):
     reference().assert_alike(MimoHeteroStrategy(modules, num_microbatches=2), world_size)
+
+
+def test_images_come_in_the_dtype_of_the_parameters():
+    make_model = runpy.run_path(str(EXAMPLE))["make_model"]
+
+    def run():
+        trainer = make_trainer(MimoHeteroStrategy(), max_steps=1, precision="bf16-mixed")
+        trainer.fit(make_model(DATA), DataLoader(DATA.train_dataset, 8, collate_fn=collate))
+        return trainer.callback_metrics["train_loss"].isfinite().item()
+
+    assert run_on_ranks(run, 1) == [True]
 
 
 def test_the_example_runs_as_a_script(tmp_path, monkeypatch):

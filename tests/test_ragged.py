@@ -1,5 +1,6 @@
 """Samples, lanes and microbatches may have any number of images, none included: training is that of one process."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -319,7 +320,10 @@ def test_validation_and_generation_between_steps_are_those_of_one_process():
             0,
             r"sample \d of this rank's \d+ has 0 images, but its input_ids have 12 places for their tokens \(token 2\)",
         ),
-        (2, r"the images of a microbatch became \d+ tokens, but its input_ids have \d+ places for them \(token 2\)"),
+        (
+            2,
+            r"the images of a microbatch became \d+ tokens, but its input_ids have \d+ places for them \(token 2\)",
+        ),
     ],
 )
 def test_images_that_do_not_fill_their_places_end_all_ranks(layout, num_images, said):
@@ -327,12 +331,14 @@ def test_images_that_do_not_fill_their_places_end_all_ranks(layout, num_images, 
 
     def train():
         samples = make_samples(NUM_IMAGES[:1])
-        samples[7] = samples[1] | {"images": samples[1]["images"][:num_images]}
+        samples[7] = samples[1] | {"images": samples[1]["images"][:num_images], "sample_id": 77}
         data = DataLoader(samples, BATCH_SIZE, collate_fn=collate)
         fit(make_module(), MimoHeteroStrategy(modules, 2), data, max_steps=1)
 
-    with pytest.raises(RankError, match=said):
+    with pytest.raises(RankError, match=said) as ended:
         run_on_ranks(train, world_size)
+    if num_images and layout == "dp2+dp1":
+        assert re.search(r"; its samples are \[.*\b77\b.*\]", str(ended.value))
 
 
 def test_ranks_that_share_a_lane_draw_alike_whatever_the_lanes_of_others_hold():

@@ -13,7 +13,7 @@ from tiny_runs import PATTERN, digits, make_trainer, text_only, train, vision_la
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import MockImageDataModule, collate
-from mimo_strategy import LayoutError, MimoHeteroStrategy, OptimizerConfig
+from mimo_strategy import LayoutError, MimoHeteroStrategy, MimoModule, OptimizerConfig
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.checkpoint import load_weights
 from mimo_strategy.launcher import CheckingLauncher
@@ -365,6 +365,29 @@ def test_a_batch_that_one_rank_would_skip_ends_all():
 
     with pytest.raises(RankError, match=r"Skips.training_step returned None, but no rank can skip"):
         run_on_ranks(run, 2)
+
+
+@pytest.mark.parametrize("missing", ["labels", "loss_mask"])
+def test_a_batch_without_a_part_of_the_loss_is_refused(missing):
+    def without(samples):
+        return {name: value for name, value in collate(samples).items() if name != missing}
+
+    def run():
+        data = DataLoader(Subset(digits().train_dataset, range(8)), 8, collate_fn=without)
+        with pytest.raises(ValueError, match=f"the batch has no {missing} to compute the loss from, only"):
+            make_trainer(MimoHeteroStrategy(), max_steps=1).fit(vision_language("*"), data)
+        return True
+
+    assert run_on_ranks(run, 1) == [True]
+
+
+def test_a_model_that_predicts_nothing_is_refused():
+    class Silent(MambaMoE):
+        predict_step = MimoModule.predict_step
+
+    trainer = make_trainer(MimoHeteroStrategy())
+    with pytest.raises(ValueError, match=r"Silent has no predict_step: write one that returns self.predict"):
+        trainer.predict(Silent(MambaMoEConfig.tiny()), loader(8))
 
 
 def test_stages_of_a_pipeline_share_no_weights():

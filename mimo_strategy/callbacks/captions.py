@@ -81,7 +81,7 @@ class CaptionWriter(Callback):
         ]
         gathered = _gather((outputs, rows), trainer)
         if trainer.is_global_zero:
-            self._write_texts(*zip(*gathered, strict=True))
+            self._write_texts(*zip(*gathered, strict=True), pl_module)
 
     @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,16 +114,17 @@ class CaptionWriter(Callback):
         truth = None
         if "labels" in sample and "loss_mask" in sample:
             answer = sample["labels"][0, sample["loss_mask"][0] > 0].tolist()
-            truth = _decode(answer[:-1] if answer[-1:] == [getattr(module, "end_token_id", None)] else answer, decoder)
+            truth = _decode(_without_end(answer, module), decoder)
         return _Row(position, _decode(prompt[~torch.isin(prompt, special)].tolist(), decoder), truth, files)
 
-    def _write_texts(self, predictions: Iterable[Prediction], rows: Iterable[list[_Row]]) -> None:
+    def _write_texts(self, predictions: Iterable[Prediction], rows: Iterable[list[_Row]], module: MimoModule) -> None:
         """Put together what all ranks predicted, in their order, and what those that write images know."""
         ids = [sample_id for prediction in predictions for sample_id in prediction.sample_ids]
         texts = [
             text
             for prediction in predictions
-            for text in prediction.texts or [_decode(tokens, None) for tokens in prediction.tokens]
+            for text in prediction.texts
+            or [_decode(_without_end(tokens, module), None) for tokens in prediction.tokens]
         ]
         known = sorted(row for part in rows for row in part)
         records = [
@@ -163,6 +164,10 @@ def written_positions(layout: Layout, encoder: str, rank: int, num_microbatches:
     if rank not in first_of_lane.values():
         return []
     return StepShare(layout, rank, num_microbatches).positions(batch_size)
+
+
+def _without_end(tokens: list[int], module: MimoModule) -> list[int]:
+    return tokens[:-1] if tokens[-1:] == [getattr(module, "end_token_id", None)] else tokens
 
 
 def _decode(tokens: list[int], decoder: Decodes | None) -> str:

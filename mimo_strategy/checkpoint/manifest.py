@@ -95,6 +95,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if checksum != _checksum_of(manifest):
             raise ValueError("its checksum is wrong")
     except FileNotFoundError:
+        if not directory.exists():
+            raise CheckpointError(f"there is no {directory}") from None
         raise CheckpointError(f"{directory} is no checkpoint of MimoHeteroStrategy: it has no {MANIFEST}") from None
     except (ValueError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None

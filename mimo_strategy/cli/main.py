@@ -1,6 +1,7 @@
 """``mimo VERB ...``: finds the verb, and imports nothing else before."""
 
 import difflib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             close = difflib.get_close_matches(verb, VERBS, 1)
             raise UsageError(f"no verb {verb!r}; " + (f"did you mean {close[0]!r}?" if close else "see mimo --help"))
+        # classes of one's own, as with `python -m`; last, so that a folder here hides nothing that is installed
+        sys.path.append(os.getcwd())
         return pkgutil.resolve_name(VERBS[verb].function)(rest)
     except Exception as error:
         return report(error, f"mimo {verb}")

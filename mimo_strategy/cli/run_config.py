@@ -7,6 +7,7 @@ from typing import Any, override
 from jsonargparse import Namespace
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from mimo_strategy.checks import declared_batch_size
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.lightning_cli import MimoCLI
 from mimo_strategy.layout import ModuleParallel
@@ -63,7 +64,7 @@ def read_run(arguments: list[str]) -> RunConfig:
         encoder_batching=settings["encoder_batching"],
         encoder_ahead=settings["encoder_ahead"],
         ddp=ddp and _ddp(ddp),
-        batch_size=getattr(reader.datamodule, "batch_size", None),
+        batch_size=declared_batch_size(reader.datamodule),
         precision=unified_precision(trainer["precision"]) or "32-true",
         world_size=_world_size(trainer["devices"], trainer["num_nodes"]),
     )

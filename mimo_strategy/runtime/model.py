@@ -51,6 +51,7 @@ class HeteroMimoModel(MimoModel):
     def __init__(self, config: MimoModelConfig, topology: Topology, seed: int) -> None:
         self.bridge_parts: Mapping[str, list[int]] | None = None
         self._places: Mapping[str, int] = {}
+        self._sample_ids: torch.Tensor | None = None
         self.encoded: Mapping[str, torch.Tensor] | None = None
         self._pipelined_alone = not config.modality_submodules_spec and topology.layout.modules[LANGUAGE].pp > 1
         self.rngs = {
@@ -98,6 +99,7 @@ class HeteroMimoModel(MimoModel):
             bridge_parts: its tokens to cross the bridge, see :meth:`.StepShare.bridge_parts`.
         """
         self.bridge_parts = bridge_parts
+        self._sample_ids = microbatch.get("sample_id")
         if self.language_model is not None:
             counts = {name: microbatch[counts_key(name)] for name in self.special_token_ids}
             self._places = {name: counted.sum(0).tolist()[1] for name, counted in counts.items()}
@@ -150,23 +152,32 @@ class HeteroMimoModel(MimoModel):
         bridge = self.colocated_comms.get(name)
         return bridge.num_encoder_tokens(bridge_parts[name]) if bridge else sum(bridge_parts[name])
 
-    def check_tokens(self, name: str, num_tokens: int, num_places: int) -> None:
+    def check_tokens(self, name: str, num_tokens: int, num_places: int, sample_ids: torch.Tensor | None = None) -> None:
         """Check that the items of this rank's lane became as many tokens as there are places.
+
+        Args:
+            name: of the encoder.
+            num_tokens: that they became.
+            num_places: in the samples' ``input_ids``.
+            sample_ids: of these samples, if they are known.
 
         Raises:
             ValueError: if they did not.
         """
         if num_tokens != num_places:
+            samples = "" if sample_ids is None else f"; its samples are {sample_ids.tolist()}"
             raise ValueError(
                 f"the {name} of a microbatch became {num_tokens} tokens, but its input_ids have {num_places} places "
-                f"for them (token {self.special_token_ids[name]})"
+                f"for them (token {self.special_token_ids[name]}){samples}"
             )
 
     def _towards_language(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
         """The tokens of the lane of the language model, where that runs here too; otherwise ready to be sent."""
         if self.bridge_parts is None:
             return tokens
-        self.check_tokens(name, len(tokens), self.num_encoder_tokens(name, self.bridge_parts))
+        # beside the language model a rank's lane of the encoder may be another one than that of its samples
+        sample_ids = self._sample_ids if self.language_model is None else None
+        self.check_tokens(name, len(tokens), self.num_encoder_tokens(name, self.bridge_parts), sample_ids)
         parts = self.bridge_parts[name]
         return self.colocated_comms[name].communicate(tokens, parts) if name in self.colocated_comms else tokens
 
@@ -194,7 +205,7 @@ class HeteroMimoModel(MimoModel):
         combined = modality_embeddings["text"]
         for name, special_token_id in special_token_ids.items():
             tokens = modality_embeddings[name]
-            self.check_tokens(name, len(tokens), self._places[name])
+            self.check_tokens(name, len(tokens), self._places[name], self._sample_ids)
             places = torch.nonzero_static(input_ids.flatten() == special_token_id, size=len(tokens)).squeeze(1)
             combined = combined.index_copy(0, places, tokens)
         return combined.unflatten(0, input_ids.shape).transpose(0, 1).contiguous()
