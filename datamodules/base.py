@@ -1,4 +1,4 @@
-"""What all data modules share: data loaders that yield the same step batches on every rank."""
+"""What all data modules share: data loaders of whole step batches, in the same order on every rank."""
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -10,8 +10,9 @@ from datamodules.batch import Sample, collate
 class StepDataModule(LightningDataModule):
     """Serves one training and one held-out dataset as step batches (see `datamodules.batch`).
 
-    The loaders have no distributed sampler: each rank loads the whole step batch. The training order comes
-    from a generator of its own, seeded with `seed`, because the ranks' global generators may have diverged.
+    The loaders have no distributed sampler: the strategy lets each rank load its share of every step batch. The
+    training order comes from a generator of its own, seeded with `seed`, because the ranks' global generators may
+    have diverged.
 
     Args:
         train_dataset: map-style dataset of training samples.
