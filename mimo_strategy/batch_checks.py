@@ -38,6 +38,8 @@ def check_form(batch: Any, encoders: Iterable[str]) -> None:
         if name not in encoders and len(value) != len(tokens):
             raise ValueError(f"{name} has {len(value)} entries, but the batch {len(tokens)} samples")
     for name in encoders & batch.keys():
+        if not isinstance(batch[name], torch.Tensor):
+            raise TypeError(f"{name} must be one tensor of the items of all samples, got {_shown(batch[name])}")
         counts = batch.get(f"num_{name}")
         if counts is None:
             raise ValueError(f"the batch has {name} but no num_{name}, which says how many each sample has")
@@ -45,6 +47,23 @@ def check_form(batch: Any, encoders: Iterable[str]) -> None:
             raise TypeError(f"num_{name} must be a tensor of one whole number per sample, got {_shown(counts)}")
         if (counts < 0).any():
             raise ValueError(f"num_{name} must not be negative, got {counts.tolist()}")
+        check_number(name, batch[name], counts)
+
+
+def check_number(name: str, items: Sized, counts: torch.Tensor) -> None:
+    """Check that an encoder's items are as many as counted.
+
+    Args:
+        name: of the encoder.
+        items: those of all samples.
+        counts: ``[samples]``, how many each sample has.
+
+    Raises:
+        ValueError: if they are more or fewer.
+    """
+    counted = int(counts.sum())
+    if counted != len(items):
+        raise ValueError(f"the batch has {len(items)} {name}, but num_{name} adds up to {counted}")
 
 
 def check_tokens(batch: Mapping[str, torch.Tensor], vocab_size: int, max_sequence_length: int) -> None:

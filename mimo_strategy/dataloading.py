@@ -18,6 +18,7 @@ from torch.utils.data import (
     Sampler,
 )
 
+from mimo_strategy.batch_checks import check_form
 from mimo_strategy.lightning_private import IndexBatchSampler
 from mimo_strategy.prediction import own_rows
 from mimo_strategy.step_batch import StepShare
@@ -134,9 +135,10 @@ class _MarksPadding(Dataset):
         return self._dataset[index], is_padding
 
 
-def _collate_marked(collate, marked: list[tuple[Any, bool]]) -> dict[str, Any]:
+def _collate_marked(collate, marked: list[tuple[Any, bool]]) -> Any:
     samples, is_padding = zip(*marked, strict=True)
-    return {**collate(list(samples)), "is_padding": torch.tensor(is_padding)}
+    batch = collate(list(samples))
+    return {**batch, "is_padding": torch.tensor(is_padding)} if isinstance(batch, Mapping) else batch
 
 
 def _collate_without(collate, names: Sequence[str], samples: list[Any]) -> Any:
@@ -236,8 +238,7 @@ class _ShareOfBatch:
         self._batch_size = 0
 
     def __call__(self, batch: Any) -> dict[str, Any] | None:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise TypeError(f"a loader must yield dicts with input_ids, got {type(batch).__name__}")
+        check_form(batch, self._share.encoders)
         num_real = len(batch["input_ids"])
         self._batch_size = self._batch_size or num_real
         if num_real < self._batch_size and not self._pad_last:

@@ -1,9 +1,9 @@
 """Which samples of a step batch a rank takes, and how its share is cut into microbatches.
 
-A step batch is a dict. A tensor (or sequence) under the name of an encoder module, say ``images``, holds that
-module's items of all samples one after another, and ``num_images`` how many each sample has; everything else has
-one entry per sample. :func:`count_items` adds ``images_counts``, which stays in host memory when the rest is moved:
-cutting a batch then waits for no device.
+A step batch is a dict. A tensor under the name of an encoder module, say ``images``, holds that module's items of
+all samples one after another, and ``num_images`` how many each sample has; everything else has one entry per
+sample. :func:`count_items` adds ``images_counts``, which stays in host memory when the rest is moved: cutting a batch
+then waits for no device.
 
 Microbatch ``m`` of ``M`` is the ``m``-th contiguous part of the step batch, and lane ``l`` of a module with
 data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a microbatch. Bridges between modules
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mimo_strategy.batch_checks import check_number
 from mimo_strategy.layout import LANGUAGE, Layout
 from mimo_strategy.topology import Topology
 
@@ -202,9 +203,8 @@ def count_items(batch: Batch, special_token_ids: Mapping[str, int], elsewhere: C
         if items.shape != places.shape:
             raise ValueError(f"num_{name} has shape {list(items.shape)}, but the batch has {len(places)} samples")
         counts = torch.stack([items.to(places), places], dim=1).cpu()
-        num_items = int(counts[:, 0].sum())
-        if name in batch and num_items != len(batch[name]):
-            raise ValueError(f"the batch has {len(batch[name])} {name}, but num_{name} adds up to {num_items}")
+        if name in batch:
+            check_number(name, batch[name], counts[:, 0])
         for sample, (count, found) in enumerate(counts.tolist()):
             if bool(count) != bool(found):
                 raise ValueError(

@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from tiny_runs import Recorder, digits, make_trainer, vision_language
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    get_worker_info,
+)
 
 from datamodules import collate
 from mimo_strategy import Layout, MimoHeteroStrategy
@@ -274,9 +280,35 @@ def test_a_distributed_sampler_is_refused():
         share(loader, 0)
 
 
-def test_a_foreign_loader_must_yield_batches():
-    with pytest.raises(TypeError, match="must yield dicts with input_ids, got Tensor"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_images": None}, "the batch has images but no num_images"),
+        ({"num_images": torch.ones(BATCH)}, "num_images must be .*, got a float32 tensor"),
+        ({"num_images": [1] * BATCH}, r"num_images must be .*, got list \[1, 1"),
+        ({"num_images": torch.arange(BATCH)}, "8 images, but num_images adds up to 28"),
+        ({"images": [torch.zeros(3, 16, 16)] * BATCH}, "images must be one tensor of the items of all samples"),
+        ({"labels": torch.zeros(4, 24)}, r"labels must have the shape \[8, 24\] of input_ids"),
+        ({"input_ids": None}, "the batch has no input_ids"),
+        ({"note": torch.tensor(2.0)}, "note must have an entry per sample"),
+        ({"note": 3}, "note must have an entry per sample"),
+    ],
+)
+def test_whole_step_batches_of_another_form_are_refused_before_they_are_cut(change, message):
+    batch = collate([samples(BATCH)[index] for index in range(BATCH)]) | change
+    batch = {name: value for name, value in batch.items() if value is not None}
+    for rank in RANKS:
+        with pytest.raises((TypeError, ValueError), match=message):
+            ids(share([batch], rank, layout=APART))
+
+
+def test_what_is_no_batch_is_refused():
+    with pytest.raises(TypeError, match="a batch must be a dict of tensors by name, got Tensor"):
         ids(share([torch.ones(3)], 0))
+    for train in (True, False):
+        (batch,) = share(DataLoader(samples(BATCH), BATCH, collate_fn=list), 0, train=train)
+        with pytest.raises(TypeError, match="a batch must be a dict of tensors by name, got list"):
+            vision_language().check_batch(batch)
 
 
 def test_batches_that_cannot_be_shared_are_refused():

@@ -223,7 +223,8 @@ def wrong_batches(draw) -> tuple[Any, tuple[object, ...]]:
         st.sampled_from(
             (
                 *("no-dict", "no-tokens", "float-tokens", "flat", "labels", "mask", "entries", "scalar", "id", "label"),
-                *("long", "no-counts", "float-counts", "negative", "pixels", "channels", "byte-images"),
+                *("long", "no-counts", "float-counts", "negative", "more-counted"),
+                *("pixels", "channels", "byte-images", "listed-images"),
             )
         )
     )
@@ -268,12 +269,17 @@ def wrong_batches(draw) -> tuple[Any, tuple[object, ...]]:
     if kind == "negative":
         batch["num_images"][0] = value = draw(st.integers(-9, -1))
         return batch, ("num_images", value)
+    if kind == "more-counted":
+        batch["num_images"][-1] += draw(st.integers(1, 9))
+        return batch, (num_samples, int(batch["num_images"].sum()))
     if kind == "pixels":
         height, width = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)).filter(lambda size: size != (16, 16)))
         return batch | {"images": torch.zeros(num_samples, 3, height, width)}, ([num_samples, 3, height, width],)
     if kind == "channels":
         channels = draw(st.integers(1, 9).filter(lambda number: number != 3))
         return batch | {"images": torch.zeros(num_samples, channels, 16, 16)}, ([num_samples, channels, 16, 16],)
+    if kind == "listed-images":
+        return batch | {"images": list(batch["images"])}, ("images", "list")
     return batch | {"images": batch["images"].byte()}, ("images", "uint8")
 
 
