@@ -304,8 +304,8 @@ def share_dataloader(
         if isinstance(dataloader, DataLoader):
             _seed_alike(dataloader, rank=0 if seed_workers else None)
         return StepLoader(dataloader, _ShareOfBatch(share, check, pad_last=pad_last), agree)
-    pad_last &= not dataloader.drop_last
-    batch_size, sampler = _global_order(dataloader)
+    batch_size, sampler, drops_last = _global_order(dataloader)
+    pad_last &= not drops_last
     check(batch_size)
     collate = dataloader.collate_fn
     if share.elsewhere:
@@ -355,9 +355,9 @@ def _is_custom(dataloader: DataLoader) -> bool:
     )
 
 
-def _global_order(dataloader: DataLoader) -> tuple[int, Sampler[int]]:
-    """Size of a step batch, and the order of all samples, made the same on every rank."""
-    # Lightning wraps the batch sampler for prediction, and then the loader has no batch_size
+def _global_order(dataloader: DataLoader) -> tuple[int, Sampler[int], bool]:
+    """Size of a step batch, the order of all samples, made the same on every rank, and whether an end is dropped."""
+    # a loader that was given a batch sampler has only the defaults itself
     source = dataloader if dataloader.batch_size is not None else dataloader.batch_sampler
     sampler = source.sampler
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
@@ -366,7 +366,7 @@ def _global_order(dataloader: DataLoader) -> tuple[int, Sampler[int]]:
             "samples of one global order itself: give it a plain sampler"
         )
     _order_alike(sampler)
-    return source.batch_size, sampler
+    return source.batch_size, sampler, source.drop_last
 
 
 def _seed_alike(dataloader: DataLoader, rank: int | None) -> None:

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from tiny_runs import Recorder, digits, make_trainer, vision_language
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    SequentialSampler,
     Subset,
     get_worker_info,
 )
@@ -138,9 +140,16 @@ def test_outside_of_training_the_last_step_batch_is_padded(kind):
         assert real == ([0, 1, 4, 5, 8, 9] if rank < 2 else [2, 3, 6, 7, 10])
 
 
-def test_a_loader_that_drops_its_last_batch_is_not_padded():
-    loader = share(DataLoader(samples(11), BATCH, collate_fn=collate, drop_last=True), 0, train=False)
-    (batch,) = loader
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": BATCH, "drop_last": True},
+        {"batch_sampler": BatchSampler(SequentialSampler(range(11)), BATCH, drop_last=True)},
+    ],
+    ids=["loader", "batch-sampler"],
+)
+def test_a_loader_that_drops_its_last_batch_is_not_padded(settings):
+    (batch,) = share(DataLoader(samples(11), collate_fn=collate, **settings), 0, train=False)
     assert "is_padding" not in batch
 
 
