@@ -1,6 +1,5 @@
 """Give each rank its share of every step batch of a loader."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -12,15 +11,14 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    DistributedSampler,
     IterableDataset,
-    RandomSampler,
     Sampler,
 )
 
 from mimo_strategy.batch_checks import check_form
 from mimo_strategy.lightning_private import IndexBatchSampler
 from mimo_strategy.prediction import own_rows
+from mimo_strategy.sample_order import draw_alike, generator
 from mimo_strategy.step_batch import StepShare
 
 
@@ -302,10 +300,13 @@ def share_dataloader(
     pad_last = not train
     if not isinstance(dataloader, DataLoader) or _is_custom(dataloader):
         if isinstance(dataloader, DataLoader):
-            _seed_alike(dataloader, rank=0 if seed_workers else None)
+            _seed_alike(dataloader, seed_workers=seed_workers)
         return StepLoader(dataloader, _ShareOfBatch(share, check, pad_last=pad_last), agree)
-    batch_size, sampler, drops_last = _global_order(dataloader)
-    pad_last &= not drops_last
+    # a loader that was given a batch sampler has only the defaults itself
+    batching = dataloader if dataloader.batch_size is not None else dataloader.batch_sampler
+    batch_size, sampler = batching.batch_size, batching.sampler
+    pad_last &= not batching.drop_last
+    draw_alike(sampler)
     check(batch_size)
     collate = dataloader.collate_fn
     if share.elsewhere:
@@ -318,7 +319,7 @@ def share_dataloader(
         "num_workers": dataloader.num_workers,
         "pin_memory": dataloader.pin_memory or pin_memory,
         "timeout": dataloader.timeout,
-        "generator": dataloader.generator or _generator(share.lane),
+        "generator": dataloader.generator or generator(share.lane),
     }
     if dataloader.num_workers > 0:
         worker_init = dataloader.worker_init_fn
@@ -355,39 +356,15 @@ def _is_custom(dataloader: DataLoader) -> bool:
     )
 
 
-def _global_order(dataloader: DataLoader) -> tuple[int, Sampler[int], bool]:
-    """Size of a step batch, the order of all samples, made the same on every rank, and whether an end is dropped."""
-    # a loader that was given a batch sampler has only the defaults itself
-    source = dataloader if dataloader.batch_size is not None else dataloader.batch_sampler
-    sampler = source.sampler
-    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
-        raise ValueError(
-            f"the DataLoader has a DistributedSampler of {sampler.num_replicas} replicas, but the strategy shares the "
-            "samples of one global order itself: give it a plain sampler"
-        )
-    _order_alike(sampler)
-    return source.batch_size, sampler, source.drop_last
-
-
-def _seed_alike(dataloader: DataLoader, rank: int | None) -> None:
+def _seed_alike(dataloader: DataLoader, *, seed_workers: bool) -> None:
     """Let every rank draw the same order and the same worker seeds."""
     if dataloader.generator is None:
-        dataloader.generator = _generator(0)
-    _order_alike(dataloader.sampler)
-    if rank is not None and dataloader.worker_init_fn is None:
-        dataloader.worker_init_fn = partial(pl_worker_init_function, rank=rank)
-
-
-def _order_alike(sampler: Sampler[int]) -> None:
-    """Let a random order be the same on every rank; it would draw its seed from the rank's default generator."""
-    if isinstance(sampler, RandomSampler) and sampler.generator is None:
-        sampler.generator = _generator(0)
+        dataloader.generator = generator(0)
+    draw_alike(dataloader.sampler)
+    draw_alike(dataloader.batch_sampler)
+    if seed_workers and dataloader.worker_init_fn is None:
+        dataloader.worker_init_fn = partial(pl_worker_init_function, rank=0)
 
 
 def _whole(batch: Any) -> Any:
     return batch
-
-
-def _generator(lane: int) -> torch.Generator:
-    """Where random orders and workers' seeds come from; ranks may have default generators in different states."""
-    return torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)) + lane)

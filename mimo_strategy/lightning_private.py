@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.connector import _convert_precision_to_unified_args as unified_precision
+from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper as DatasetSampler
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE as IS_INTERACTIVE
 from lightning.pytorch import LightningModule, Trainer
@@ -21,6 +23,7 @@ __all__ = [
     "begin_next_epoch",
     "checkpoint_folders",
     "init_dist_connection",
+    "inner_sampler",
     "logging_as",
     "set_up_loaders_anew",
     "take_over_signals",
@@ -56,6 +59,12 @@ def checkpoint_folders(trainer: Trainer) -> set[Path]:
             if folder.parent.name.startswith("version_"):
                 folders |= set(folder.parent.parent.glob(f"version_*/{folder.name}"))
     return folders
+
+
+def inner_sampler(sampler: Any) -> Any:
+    """What a sampler takes its samples from, ``None`` if it makes them itself."""
+    dataset = getattr(sampler, "dataset", None)
+    return dataset._sampler if isinstance(dataset, DatasetSampler) else getattr(sampler, "sampler", None)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ GAP = "…"
 _FOR_USERS = {
     *("agreement", "batch_checks", "checks", "dataloading", "generation", "launcher", "layout", "layout_checks"),
     *("metrics", "module", "precision", "step_batch", "strategy", "topology", "checkpoint", "runtime"),
-    "cpu/import_hook",
+    *("sample_order", "cpu/import_hook"),
 }
 # Parts of another message, or of a program that is wrong.
 _NOT_TOLD = ("its checksum is wrong", "which no index needs", "it holds a", "is not of this checkpoint")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import seed_everything
 from tiny_runs import Recorder, digits, make_trainer, vision_language
 from torch.utils.data import (
@@ -16,6 +17,8 @@ from torch.utils.data import (
     IterableDataset,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
     get_worker_info,
 )
 
@@ -153,19 +156,61 @@ def test_a_loader_that_drops_its_last_batch_is_not_padded(settings):
     assert "is_padding" not in batch
 
 
-@pytest.mark.parametrize("kind", ["map", "batch-sampler"])
-def test_random_orders_are_the_same_on_every_rank(kind):
+class OwnIteration(DataLoader):
+    """Makes its batches in a way of its own, for all that a strategy can tell."""
+
+    def __iter__(self):
+        return super().__iter__()
+
+
+class OwnBatchSampler(BatchSampler):
+    """Makes its batches in a way of its own."""
+
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+def in_wrapper(sampler):
+    """As Lightning wraps a user's sampler."""
+    return DistributedSamplerWrapper(sampler, num_replicas=1, rank=0, shuffle=False)
+
+
+RANDOM = {
+    "shuffle": lambda: {"batch_size": BATCH, "shuffle": True},
+    "subset": lambda: {"batch_size": BATCH, "sampler": SubsetRandomSampler(range(24))},
+    "weights": lambda: {"batch_size": BATCH, "sampler": WeightedRandomSampler([1.0] * 24, 24, replacement=False)},
+    "wrapped": lambda: {"batch_size": BATCH, "sampler": in_wrapper(SubsetRandomSampler(range(24)))},
+    "batches": lambda: {"batch_sampler": BatchSampler(SubsetRandomSampler(range(24)), BATCH, drop_last=False)},
+    "own-batches": lambda: {"batch_sampler": OwnBatchSampler(SubsetRandomSampler(range(24)), BATCH, drop_last=False)},
+}
+
+
+@pytest.mark.parametrize("loader_class", [DataLoader, OwnIteration])
+@pytest.mark.parametrize("kind", RANDOM)
+def test_random_orders_are_the_same_on_every_rank(kind, loader_class):
     def shuffled(rank):
-        loader = DataLoader(samples(24), BATCH, shuffle=True, collate_fn=collate)
-        if kind == "batch-sampler":
-            # serves whole step batches by an iteration of its own
-            loader.__class__ = type("OwnIteration", (DataLoader,), {"__iter__": lambda self: DataLoader.__iter__(self)})
-        return ids(share(loader, rank))
+        return ids(share(loader_class(samples(24), collate_fn=collate, **RANDOM[kind]()), rank))
 
     orders = [shuffled(rank) for rank in RANKS]
     assert orders[0] == orders[1] != orders[2] == orders[3]
     whole = sorted(sample for order in (orders[0], orders[2]) for batch in order for sample in batch)
     assert whole == list(range(24)) != orders[0][0] + orders[2][0]
+
+
+class OfBatches:
+    """A data set whose samples are whole step batches."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return collate([digits().train_dataset[BATCH * index + offset] for offset in range(BATCH)])
+
+
+def test_a_data_set_of_whole_batches_comes_in_the_same_order_on_every_rank():
+    first, _, second, _ = (ids(share(DataLoader(OfBatches(), None, shuffle=True), rank)) for rank in RANKS)
+    assert [[index + 2 for index in batch] for batch in first] == second
+    assert sorted(first) == [[start, start + 1, start + 4, start + 5] for start in range(0, 40, BATCH)] != first
 
 
 class Augments:
@@ -282,9 +327,10 @@ def test_ranks_that_differ_are_told_within_seconds(difference, message):
     assert time.monotonic() - began < 45
 
 
-def test_a_distributed_sampler_is_refused():
+@pytest.mark.parametrize("loader_class", [DataLoader, OwnIteration])
+def test_a_distributed_sampler_is_refused(loader_class):
     data = samples(16)
-    loader = DataLoader(data, BATCH, sampler=DistributedSampler(data, num_replicas=4, rank=0), collate_fn=collate)
+    loader = loader_class(data, BATCH, sampler=DistributedSampler(data, num_replicas=4, rank=0), collate_fn=collate)
     with pytest.raises(ValueError, match="a DistributedSampler of 4 replicas"):
         share(loader, 0)
 
