@@ -12,11 +12,13 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE as IS_INTERACTIVE
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import _MockOptimizer as NoOptimizer
+from lightning.pytorch.loops.progress import _BatchProgress as BatchProgress
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper as IndexBatchSampler
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 
 __all__ = [
     "IS_INTERACTIVE",
+    "BatchProgress",
     "IndexBatchSampler",
     "NoOptimizer",
     "SubprocessScriptLauncher",
@@ -25,6 +27,7 @@ __all__ = [
     "init_dist_connection",
     "inner_sampler",
     "logging_as",
+    "position_in_epoch",
     "set_up_loaders_anew",
     "take_over_signals",
     "unified_precision",
@@ -65,6 +68,12 @@ def inner_sampler(sampler: Any) -> Any:
     """What a sampler takes its samples from, ``None`` if it makes them itself."""
     dataset = getattr(sampler, "dataset", None)
     return dataset._sampler if isinstance(dataset, DatasetSampler) else getattr(sampler, "sampler", None)
+
+
+def position_in_epoch(progress: BatchProgress) -> int:
+    """How many step batches of the running epoch have been trained on; 0 where these are all of it."""
+    trained = progress.current.processed
+    return 0 if progress.is_last_batch and trained == progress.current.ready else trained
 
 
 @contextmanager

@@ -33,6 +33,12 @@ def draw_alike(sampler: Any) -> None:
             part.generator = generator(0)
 
 
+def sampler_name(sampler: Any) -> str:
+    """The class that makes the order, within whatever wraps it."""
+    *_, innermost = _with_inner(sampler)
+    return type(innermost).__name__
+
+
 def _with_inner(sampler: Any) -> Iterator[Any]:
     while sampler is not None:
         yield sampler

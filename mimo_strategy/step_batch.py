@@ -10,7 +10,8 @@ data-parallel size ``dp`` takes the ``l``-th of ``dp`` contiguous parts of a mic
 concatenate and split lanes in that order.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -129,6 +130,36 @@ class StepShare:
             elif name in loaded:
                 microbatch[name] = part[name]
         return microbatch
+
+
+def cut_shares(
+    items: Iterable[Any], batch_size: int, positions: Sequence[int], *, pad_last: bool
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Cut items into step batches, each with a rank's share of it.
+
+    An incomplete last one is dropped, or, if ``pad_last``, filled by repeating its items; of the share come
+    ``(item, is padding)`` pairs then.
+    """
+    items = iter(items)
+    while step_batch := list(islice(items, batch_size)):
+        num_real = len(step_batch)
+        if pad_last:
+            yield step_batch, [(step_batch[position % num_real], position >= num_real) for position in positions]
+        elif num_real == batch_size:
+            yield step_batch, [step_batch[position] for position in positions]
+
+
+def num_step_batches(num_items: int, batch_size: int, *, pad_last: bool) -> int:
+    """How many step batches :func:`cut_shares` makes."""
+    return -(-num_items // batch_size) if pad_last else num_items // batch_size
+
+
+def identified(batch: Any, positions: Sequence[int]) -> dict[int, Any]:
+    """The ``sample_id`` of each sample of a rank's share, by its position in the step batch; empty without any."""
+    ids = batch.get("sample_id") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
+        return {}
+    return dict(zip(positions, ids.tolist(), strict=False))
 
 
 def narrow_samples(batch: Batch, start: int, size: int, encoders: list[str]) -> Batch:

@@ -345,7 +345,8 @@ class MimoHeteroStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        stage = self.lightning_module.trainer.state.stage
+        trainer = self.lightning_module.trainer
+        stage = trainer.state.stage
         shared = share_dataloader(
             dataloader,
             StepShare(self.layout, self.global_rank, self._num_microbatches),
@@ -353,6 +354,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             seed_workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))),
             check=partial(self.layout.check_batch, num_microbatches=self._num_microbatches),
             agree=agreement.on_next_batch,
+            progress=trainer.fit_loop.epoch_loop.batch_progress,
             pin_memory=self.root_device.type == "cuda",
             predicts=(self.global_rank, self.world_size) if stage is RunningStage.PREDICTING else None,
         )

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mimo_strategy.dataloading import ShareSampler, share_dataloader
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleParallel, ModuleSizes
-from mimo_strategy.step_batch import StepShare, count_items, gather_lanes
+from mimo_strategy.lightning_private import BatchProgress
+from mimo_strategy.step_batch import StepShare, count_items, gather_lanes, identified
 from mimo_strategy.testing import run_on_ranks
 from mimo_strategy.topology import Topology
 
@@ -253,6 +254,13 @@ def test_samples_have_places_if_and_only_if_they_have_items(batch):
         check(batch)
 
 
+def test_samples_are_identified_by_their_position_where_they_can_be():
+    assert identified(make_batch([4, 9], []), [1, 3]) == {1: 4, 3: 9}
+    for ids in (torch.tensor(4), torch.ones(2, 2), ["four", "nine"]):
+        assert identified({"sample_id": ids}, [1, 3]) == {}
+    assert identified({}, [1, 3]) == identified([torch.ones(2)], [1, 3]) == {}
+
+
 class Numbers(Dataset):
     """``size`` samples with their index and what a random augmentation would draw."""
 
@@ -287,7 +295,8 @@ def shared_loaders(layout, num_samples, batch_size, *, train, seed_workers=True,
     sampler = DistributedSampler(dataset, num_replicas=1, rank=0, seed=5)
     loader = DataLoader(dataset, batch_size, sampler=sampler, **options)
     shares = [StepShare(layout, rank, 2) for rank in range(layout.world_size)]
-    alone = {"check": lambda batch_size: None, "agree": lambda has_batch, num_served: None}
+    alone = {"check": lambda batch_size: None, "agree": lambda source, num_served, samples: None}
+    alone["progress"] = BatchProgress()
     loaders = [share_dataloader(loader, share, train=train, seed_workers=seed_workers, **alone) for share in shares]
     return loaders, list(sampler)
 
@@ -351,9 +360,13 @@ def test_a_set_smaller_than_a_step_batch_is_evaluated_but_not_trained_on():
 
 def test_the_sampler_keeps_a_given_order_and_repeats_it_as_padding():
     share = StepShare(make_layout(2, {LANGUAGE: P()}), 1, 2)
-    batches = ShareSampler(ByHand([7, 3, 5, 1, 2, 9]), 4, share, pad_last=True)
+    agreed = []
+    settings = (ByHand([7, 3, 5, 1, 2, 9]), 4, share, lambda *known: agreed.append(known))
+    batches = ShareSampler(*settings, pad_last=True)
     assert list(batches) == [[(3, False), (1, False)], [(9, False), (9, True)]]
-    assert list(ShareSampler(ByHand([7, 3, 5, 1, 2, 9]), 4, share, pad_last=False)) == [[3, 1]]
+    assert list(ShareSampler(*settings, pad_last=False)) == [[3, 1]]
+    # ranks agree on all that the step batch has, once
+    assert agreed == [(0, {0: 7, 1: 3, 2: 5, 3: 1})] * 2
 
 
 @pytest.mark.parametrize("seed_workers", [True, False])
