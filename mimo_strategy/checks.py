@@ -222,7 +222,7 @@ def check_cuda_graphs(language: ModuleLayout, ddp: DistributedDataParallelConfig
         LayoutError: if its layers or stages talk to each other.
         ValueError: if parameters are gathered layer by layer.
     """
-    cut = [f"{name} {size}" for name in ("tp", "cp", "pp") if (size := getattr(language, name)) > 1]
+    cut = [f"{name} {size}" for name in ("tp", "pp") if (size := getattr(language, name)) > 1]
     if cut:
         raise LayoutError(
             f"cuda_graphs=True replays layers of {LANGUAGE} that do not talk to other ranks, but it has "

@@ -57,7 +57,7 @@ class ModuleParallel:
 
     Args:
         tp: tensor parallel size.
-        cp: context parallel size.
+        cp: context parallel size; 1 is the only one that is supported.
         dp: data parallel size; ``None`` derives it from the number of ranks. A given one is checked.
         pp: pipeline parallel size.
         ep: expert parallel size.
@@ -90,14 +90,12 @@ class ModuleSizes:
         etp_divides: sizes by name that ``etp`` must divide.
         num_experts: number of experts that ``ep`` must divide; 0 for a dense module.
         pp_stages: pipeline stages that the module can be cut into.
-        max_cp: largest context parallel size that the module supports.
     """
 
     tp_divides: Mapping[str, int] = field(default=_NO_SIZES)
     etp_divides: Mapping[str, int] = field(default=_NO_SIZES)
     num_experts: int = 0
     pp_stages: frozenset[int] = frozenset({1})
-    max_cp: int = 1
 
 
 @dataclass(frozen=True)

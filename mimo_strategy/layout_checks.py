@@ -61,8 +61,8 @@ def size_failures(name: str, asked: "ModuleParallel", sizes: "ModuleSizes") -> I
     if asked.pp not in sizes.pp_stages:
         stages = ", ".join(map(str, sorted(sizes.pp_stages)))
         yield f"{name}: pp {asked.pp} is not possible; its layers can be cut into {stages} stage(s)"
-    if asked.cp > sizes.max_cp:
-        yield f"{name}: cp {asked.cp} is not supported; the largest cp of this module is {sizes.max_cp}"
+    if asked.cp > 1:
+        yield f"{name}: cp {asked.cp} is not supported: neither lanes nor bridges cut sequences; leave it 1"
 
 
 def placement_failures(modules: Mapping[str, "ModuleLayout"], world_size: int) -> Iterator[str]:

@@ -21,7 +21,6 @@ SIZES = {
         etp_divides={"expert_ffn_hidden_size": 24},
         num_experts=8,
         pp_stages=frozenset({1, 2, 4}),
-        max_cp=2,
     ),
 }
 
@@ -49,7 +48,7 @@ def shown(value):
         (8, P(tp=2), 4, 8),
         (8, P(tp=2, dp=4), 4, 8),
         (8, P(tp=2, num_ranks=8), 4, 8),
-        (16, P(tp=2, cp=2, pp=2), 2, 8),
+        (16, P(tp=2, pp=2), 4, 8),
         (8, P(tp=4, ep=2), 2, 4),
         (8, P(tp=2, ep=8), 4, 1),
         (16, P(tp=4, etp=2, ep=4, pp=2), 2, 1),
@@ -76,7 +75,7 @@ def test_a_given_dp_or_num_ranks_leaves_the_other_ranks_to_other_modules():
     ("world_size", "parallel"),
     [
         (8, P(tp=2, ep=4)),
-        (16, P(tp=2, cp=2, pp=2, ep=2)),
+        (16, P(tp=2, pp=2, ep=2)),
         (32, P(tp=4, pp=4, etp=2, ep=4)),
         (16, P(pp=2, etp=4, ep=2)),
         (9, P(tp=2, pp=2, ep=2, rank_offset=1)),
@@ -92,6 +91,13 @@ def test_coordinates_are_those_of_a_grid_whose_first_factor_varies_fastest(world
     for rank in module.ranks:
         (expected,) = np.argwhere(grid == rank).tolist()
         assert [module.coordinates(rank)[factor] for factor in outermost_first] == expected
+
+
+def test_context_parallel_ranks_count_between_tensor_and_data_parallel_ones():
+    module = replace(resolve_language(8, P(tp=2)), cp=2, dp=2)
+    for rank in module.ranks:
+        at = module.coordinates(rank)
+        assert rank == at["tp"] + 2 * (at["cp"] + 2 * at["dp"])
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 5])
@@ -120,7 +126,6 @@ def test_the_default_layout_has_the_largest_ep_that_fits(world_size, ep):
     [
         ({LANGUAGE: P(tp=2)}, Placement.COLOCATED, 0),
         ({LANGUAGE: P(tp=2, pp=2)}, Placement.COLOCATED, 4),
-        ({LANGUAGE: P(cp=2, pp=4)}, Placement.COLOCATED, 6),
         ({"images": P(), LANGUAGE: P(tp=4)}, Placement.COLOCATED, 0),
         ({"images": P(dp=4), LANGUAGE: P(tp=4, rank_offset=4)}, Placement.NON_COLOCATED, 4),
         ({"images": P(dp=2), LANGUAGE: P(tp=3, dp=1, pp=2, rank_offset=2)}, Placement.NON_COLOCATED, 5),
@@ -129,7 +134,7 @@ def test_the_default_layout_has_the_largest_ep_that_fits(world_size, ep):
     ids=shown,
 )
 def test_placement_and_loss_rank(modules, placement, loss_rank):
-    sizes = {name: ModuleSizes(pp_stages=frozenset({1, 2, 4}), max_cp=2) for name in modules}
+    sizes = {name: ModuleSizes(pp_stages=frozenset({1, 2, 4})) for name in modules}
     layout = Layout.resolve(sizes, 8, modules)
     assert layout.placement is placement
     assert layout.loss_rank == loss_rank
@@ -196,7 +201,7 @@ REFUSED = {
         "images: pp 2 is not possible; ",
         " 1 stage(s)",
     ),
-    "cp": (4, {LANGUAGE: P(cp=4)}, "language: cp 4 is not supported; the largest cp of this module is 2"),
+    "cp": (4, {LANGUAGE: P(cp=2)}, "language: cp 2 is not supported: neither lanes nor bridges cut sequences; "),
     "colocated-pp": (4, {"images": P(), LANGUAGE: P(pp=2)}, "cannot be pipelined: language has pp 2 on ranks 0-3"),
     "dp": (
         5,
@@ -315,7 +320,6 @@ def random_sizes(choose):
         etp_divides={"ffn": choose.choice([4, 6])},
         num_experts=choose.choice([0, 3, 4, 8]),
         pp_stages=frozenset([1, *stages]),
-        max_cp=choose.choice([1, 1, 2]),
     )
 
 
@@ -348,7 +352,7 @@ def assert_holds(layout, sizes, world_size):
         assert all(number % module.etp == 0 for number in size.etp_divides.values())
         assert module.ep == 1 or (size.num_experts and size.num_experts % module.ep == 0)
         assert module.pp in size.pp_stages
-        assert module.cp <= size.max_cp
+        assert module.cp == 1
         assert all(max(module.dp, other.dp) % min(module.dp, other.dp) == 0 for other in modules)
         if layout.placement is Placement.COLOCATED and len(sizes) > 1:
             assert module.pp == 1

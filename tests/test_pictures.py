@@ -18,7 +18,7 @@ from mimo_strategy.layout import Layout, ModuleParallel, ModuleSizes
 from mimo_strategy.pictures import CaptionedImage, draw_captions, draw_curves, draw_layout
 from mimo_strategy.pictures.layout_map import lane_pairs
 
-SIZES = ModuleSizes(num_experts=64, pp_stages=frozenset({1, 2}), max_cp=2)
+SIZES = ModuleSizes(num_experts=64, pp_stages=frozenset({1, 2}))
 
 
 def resolve(world_size: int, **modules: ModuleParallel) -> Layout:
@@ -61,7 +61,7 @@ LAYOUTS = {
     "6 two encoders": TWO_ENCODERS_6,
     "8 fan-out": resolve(8, images=ModuleParallel(tp=4, dp=2), language=ModuleParallel(tp=2, dp=4, ep=8)),
     "8 pipelined": PIPELINED_8,
-    "16": resolve(16, images=ModuleParallel(dp=16), language=ModuleParallel(tp=2, cp=2, ep=4, etp=2)),
+    "16": resolve(16, images=ModuleParallel(dp=16), language=ModuleParallel(tp=2, ep=4, etp=2)),
     "24": resolve(24, images=ModuleParallel(dp=8), language=ModuleParallel(tp=2, ep=4, rank_offset=8)),
     "64": resolve(64, images=ModuleParallel(tp=2), language=ModuleParallel(tp=4, ep=8)),
 }

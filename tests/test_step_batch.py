@@ -19,7 +19,6 @@ P = ModuleParallel
 LAYOUTS = {
     "text-only": (4, {LANGUAGE: P(tp=2)}),
     "text-only-pipelined": (8, {LANGUAGE: P(tp=2, pp=2)}),
-    "text-only-context": (4, {LANGUAGE: P(cp=2)}),
     "colocated-equal": (4, {"images": P(), LANGUAGE: P(ep=2)}),
     "colocated-equal-tp": (4, {"images": P(tp=2), LANGUAGE: P(tp=2)}),
     "colocated-fan-in": (8, {"images": P(), LANGUAGE: P(tp=4)}),
@@ -44,14 +43,14 @@ def layout(request) -> Layout:
 
 
 def make_layout(world_size, modules):
-    sizes = {name: ModuleSizes(num_experts=2, pp_stages=frozenset({1, 2}), max_cp=2) for name in modules}
+    sizes = {name: ModuleSizes(num_experts=2, pp_stages=frozenset({1, 2})) for name in modules}
     return Layout.resolve(sizes, world_size, modules)
 
 
 def lanes_of(module):
-    """Lane of every rank of a module, enumerated on its own: tp and cp vary faster than dp, pp slower."""
+    """Lane of every rank of a module, enumerated on its own: tp varies faster than dp, pp slower."""
     lanes = np.arange(module.dp).reshape(1, -1, 1)
-    shape = (module.pp, module.dp, module.tp * module.cp)
+    shape = (module.pp, module.dp, module.tp)
     return dict(zip(module.ranks, np.broadcast_to(lanes, shape).flatten().tolist(), strict=True))
 
 

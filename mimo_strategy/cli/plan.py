@@ -20,7 +20,6 @@ from mimo_strategy.planning.search import Plan, search
 _COLORS = {
     "compute": BLUE,
     "tp": ORANGE,
-    "cp": ORANGE,
     "ep": PURPLE,
     "etp": PURPLE,
     "bridge": SKY,

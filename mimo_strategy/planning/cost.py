@@ -74,7 +74,7 @@ class Transfer(NamedTuple):
     """A collective that each rank of a group takes part in.
 
     Attributes:
-        group: factor whose ranks exchange: ``tp``, ``cp``, ``ep`` or ``etp``.
+        group: factor whose ranks exchange: ``tp``, ``ep`` or ``etp``.
         operation: what they do.
         bytes: of the whole tensor: the gathered, or what one rank reduces, or what one rank sends to all.
     """

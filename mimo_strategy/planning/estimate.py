@@ -339,7 +339,7 @@ def _pipeline(layout: Layout) -> list[list[tuple[str, int]]]:
 
 def _group(layout: ModuleLayout, factor: str) -> tuple[int, int]:
     """Number of ranks in a group of ``factor``, and how many ranks its neighbours are apart."""
-    strides = {"tp": 1, "cp": layout.tp, "etp": 1, "ep": layout.etp}
+    strides = {"tp": 1, "etp": 1, "ep": layout.etp}
     return getattr(layout, factor), strides[factor]
 
 

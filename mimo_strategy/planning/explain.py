@@ -7,7 +7,6 @@ from mimo_strategy.planning.search import Plan
 CAUSES = {
     "compute": "matrix products, attention, scans and the memory that they move",
     "tp": "exchange between tensor parallel ranks",
-    "cp": "exchange between context parallel ranks",
     "ep": "tokens on their way to experts and back",
     "etp": "exchange between ranks that share experts",
     "bridge": "tokens from the encoder's lanes to the language model's, and their gradients back",

@@ -12,7 +12,7 @@ from mimo_strategy.topology import EXPERT_VIEW, Grid, ProcessGroups, build_grid,
 
 SIZES = {
     "images": ModuleSizes(),
-    LANGUAGE: ModuleSizes(num_experts=12, pp_stages=frozenset({1, 2}), max_cp=2),
+    LANGUAGE: ModuleSizes(num_experts=12, pp_stages=frozenset({1, 2})),
 }
 
 EXPERT_DIMS = ["expt_tp", "ep", "expt_dp", "pp"]
