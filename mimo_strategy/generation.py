@@ -127,7 +127,7 @@ def generate(
     missing = {"prompt_length", "sample_id"} - batch.keys()
     if missing:
         raise ValueError(f"generation needs {sorted(missing)} in the batch, which has {sorted(batch)}")
-    rows = _Rows(module, batch)
+    rows = _Rows(module)
     prompt_length = rows.of_step_batch(batch["prompt_length"])
     sample_ids = rows.of_step_batch(batch["sample_id"])
     positions = torch.arange(batch["input_ids"].shape[1], device=module.device)
@@ -170,7 +170,7 @@ def generate(
 class _Rows:
     """Moves rows between a rank's share and the whole step batch."""
 
-    def __init__(self, module: MimoModule, batch: Batch) -> None:
+    def __init__(self, module: MimoModule) -> None:
         self._module = module
         self._runtime = module.runtime
 

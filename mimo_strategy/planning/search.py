@@ -35,10 +35,6 @@ class Plan:
     smallest: Estimate | None
     limit: float
 
-    def best_of(self, placement: Placement) -> Estimate | None:
-        """The quickest of one placement among the best."""
-        return next((one for one in self.best if one.layout.placement is placement), None)
-
 
 def search(job: Job, world_size: int, *, memory: float | None = None, keep: int = 10) -> Plan:
     """Estimate all layouts of both placements and all numbers of microbatches that divide the step batch.

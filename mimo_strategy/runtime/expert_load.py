@@ -11,6 +11,8 @@ from mimo_strategy.runtime.step_sums import DETAIL, StepSums
 class ExpertLoad:
     """Counts the tokens that routers send to each expert, and collects their auxiliary losses, in training.
 
+    No two ranks route the same token: with tp, megatron-core trains experts only where sequences are cut over its ranks.
+
     Args:
         language: the language model as it runs on this rank; this stage of it may have no experts.
         groups: its process groups.
@@ -28,8 +30,6 @@ class ExpertLoad:
             if isinstance(module, Router):
                 self._num_routers += 1
                 module.register_forward_hook(self._count)
-        # where sequences are not cut over tensor parallel ranks, each of these routes all tokens
-        self._copies = 1 if language.config.sequence_parallel else groups.tp.size()
 
     def clear(self) -> None:
         """Begin a step."""
@@ -42,7 +42,7 @@ class ExpertLoad:
         megatron-core sums a loss over the ranks of its ``reduce_group`` and averages it over lanes, microbatches and
         layers; the counts say so.
         """
-        sums.add("tokens_per_expert", self._tokens / self._copies, 1 / self._num_ranks, {DETAIL: True})
+        sums.add("tokens_per_expert", self._tokens, 1 / self._num_ranks, {DETAIL: True})
         for name, entry in get_moe_metrics_tracker().metrics.items():
             ranks = 1 if entry.reduce_group is None else entry.reduce_group.size()
             sums.add(name, entry.values.sum(), num_microbatches * self._num_routers / ranks, {DETAIL: True})
