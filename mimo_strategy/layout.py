@@ -173,8 +173,8 @@ class Layout:
             raise LayoutError(*error.failures, suggestion=_suggestion(sizes, world_size, modules)) from None
 
     @property
-    def loss_rank(self) -> int:
-        """The rank that tells the others the loss, the first of the language model's last stage."""
+    def first_of_last_stage(self) -> int:
+        """The first rank of the language model's last stage, where what it puts out is known."""
         language = self.modules[LANGUAGE]
         return language.rank_offset + language.tp * language.cp * language.dp * (language.pp - 1)
 

@@ -189,7 +189,7 @@ def gather_lanes(values: torch.Tensor, topology: Topology, num_microbatches: int
     lanes = values.new_empty((topology.layout.modules[LANGUAGE].dp, *values.shape))
     if topology.runs(LANGUAGE):
         dist.all_gather(list(lanes.unbind(0)), values.contiguous(), group=topology.groups[LANGUAGE].dp)
-    dist.broadcast(lanes, src=topology.layout.loss_rank)
+    dist.broadcast(lanes, src=topology.layout.first_of_last_stage)
     return lanes.unflatten(1, (num_microbatches, -1)).transpose(0, 1).flatten(0, 2)
 
 

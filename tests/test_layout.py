@@ -122,7 +122,7 @@ def test_the_default_layout_has_the_largest_ep_that_fits(world_size, ep):
 
 
 @pytest.mark.parametrize(
-    ("modules", "placement", "loss_rank"),
+    ("modules", "placement", "first_of_last_stage"),
     [
         ({LANGUAGE: P(tp=2)}, Placement.COLOCATED, 0),
         ({LANGUAGE: P(tp=2, pp=2)}, Placement.COLOCATED, 4),
@@ -133,11 +133,11 @@ def test_the_default_layout_has_the_largest_ep_that_fits(world_size, ep):
     ],
     ids=shown,
 )
-def test_placement_and_loss_rank(modules, placement, loss_rank):
+def test_placement_and_first_of_last_stage(modules, placement, first_of_last_stage):
     sizes = {name: ModuleSizes(pp_stages=frozenset({1, 2, 4})) for name in modules}
     layout = Layout.resolve(sizes, 8, modules)
     assert layout.placement is placement
-    assert layout.loss_rank == loss_rank
+    assert layout.first_of_last_stage == first_of_last_stage
 
 
 def test_modules_are_in_the_order_of_the_model_whatever_the_order_of_the_layout():
