@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mimo_strategy.layout import ModuleLayout, ModuleParallel, ModuleSizes
+from mimo_strategy.module_layout import ModuleLayout, ModuleParallel, ModuleSizes, span
 
 LANGUAGE = "language"
 """Name of the language module; megatron-core's ``MIMO_LANGUAGE_MODULE_KEY``."""
@@ -14,7 +12,7 @@ _MOST_TOLD = 16
 """Ranks that are told one by one."""
 
 
-def name_failures(sizes: Mapping[str, "ModuleSizes"], modules: Mapping[str, "ModuleParallel"]) -> Iterator[str]:
+def name_failures(sizes: Mapping[str, ModuleSizes], modules: Mapping[str, ModuleParallel]) -> Iterator[str]:
     """Modules that are missing, or that the model does not have."""
     if LANGUAGE not in sizes:
         yield f"the model's modules are {sorted(sizes)}, but one must be named {LANGUAGE}"
@@ -27,13 +25,13 @@ def name_failures(sizes: Mapping[str, "ModuleSizes"], modules: Mapping[str, "Mod
         )
 
 
-def number_failures(name: str, asked: "ModuleParallel") -> Iterator[str]:
+def number_failures(name: str, asked: ModuleParallel) -> Iterator[str]:
     """Factors that are no whole numbers, or too small."""
     for factor, value in wrong_numbers(asked).items():
         yield f"{name}: {factor} must be a whole number of at least {_least(factor)}, got {value!r}"
 
 
-def wrong_numbers(asked: "ModuleParallel") -> dict[str, object]:
+def wrong_numbers(asked: ModuleParallel) -> dict[str, object]:
     """The factors that are no valid number, with what they are."""
     return {
         factor: value
@@ -46,7 +44,7 @@ def _least(factor: str) -> int:
     return 0 if factor == "rank_offset" else 1
 
 
-def size_failures(name: str, asked: "ModuleParallel", sizes: "ModuleSizes") -> Iterator[str]:
+def size_failures(name: str, asked: ModuleParallel, sizes: ModuleSizes) -> Iterator[str]:
     """Factors that do not divide what they must."""
     for factor, divides in (("tp", sizes.tp_divides), ("etp", sizes.etp_divides)):
         for what, size in divides.items():
@@ -65,7 +63,7 @@ def size_failures(name: str, asked: "ModuleParallel", sizes: "ModuleSizes") -> I
         yield f"{name}: cp {asked.cp} is not supported: neither lanes nor bridges cut sequences; leave it 1"
 
 
-def placement_failures(modules: Mapping[str, "ModuleLayout"], world_size: int) -> Iterator[str]:
+def placement_failures(modules: Mapping[str, ModuleLayout], world_size: int) -> Iterator[str]:
     """Ranks without work, or modules that overlap in part."""
     spans = {name: module.ranks for name, module in modules.items()}
     shown = ", ".join(f"{name} on {span(ranks)}" for name, ranks in spans.items())
@@ -78,7 +76,7 @@ def placement_failures(modules: Mapping[str, "ModuleLayout"], world_size: int) -
         yield f"modules must share all ranks or none, they overlap in part: {shown}"
 
 
-def bridge_failures(modules: Mapping[str, "ModuleLayout"], *, share_ranks: bool) -> Iterator[str]:
+def bridge_failures(modules: Mapping[str, ModuleLayout], *, share_ranks: bool) -> Iterator[str]:
     """Lanes that cannot feed one another, and pipelines that cannot share ranks."""
     for module in modules.values():
         if module.pp > 1 and len(modules) > 1 and share_ranks:
@@ -96,15 +94,10 @@ def bridge_failures(modules: Mapping[str, "ModuleLayout"], *, share_ranks: bool)
 
 
 def encoder_schedule_failures(
-    modules: Mapping[str, "ModuleLayout"], encoder_batching: int, encoder_ahead: int, *, share_ranks: bool
+    modules: Mapping[str, ModuleLayout], encoder_batching: int, encoder_ahead: int, *, share_ranks: bool
 ) -> Iterator[str]:
     """Microbatches taken at once where no encoder shares the language model's ranks, and run ahead where one does."""
     if encoder_batching > 1 and (not share_ranks or len(modules) == 1):
         yield f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
     if encoder_ahead and share_ranks:
         yield f"encoder_ahead {encoder_ahead} is for encoders on other ranks than {LANGUAGE}: leave it 0"
-
-
-def span(ranks: range) -> str:
-    """Ranks in few words."""
-    return f"{ranks.start}-{ranks.stop - 1}" if len(ranks) > 1 else f"{ranks.start}"

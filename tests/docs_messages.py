@@ -12,7 +12,7 @@ GAP = "…"
 # Where what a user did wrong is told. Messages of other files are for those who change the code.
 _FOR_USERS = {
     *("agreement", "batch_checks", "checks", "dataloading", "generation", "launcher", "layout", "layout_checks"),
-    *("metrics", "module", "precision", "step_batch", "strategy", "topology", "checkpoint", "runtime"),
+    *("metrics", "module", "module_layout", "precision", "step_batch", "strategy", "topology", "checkpoint", "runtime"),
     *("sample_order", "cpu/import_hook"),
 }
 # Parts of another message, or of a program that is wrong.

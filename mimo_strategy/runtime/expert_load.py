@@ -11,7 +11,7 @@ from mimo_strategy.runtime.step_sums import DETAIL, StepSums
 class ExpertLoad:
     """Counts the tokens that routers send to each expert, and collects their auxiliary losses, in training.
 
-    No two ranks route the same token: with tp, megatron-core trains experts only where sequences are cut over its ranks.
+    No two ranks route the same token: with tp, megatron-core trains experts only where it cuts sequences.
 
     Args:
         language: the language model as it runs on this rank; this stage of it may have no experts.
