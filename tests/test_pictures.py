@@ -16,7 +16,6 @@ from matplotlib.text import Text
 
 from mimo_strategy.layout import Layout, ModuleParallel, ModuleSizes
 from mimo_strategy.pictures import CaptionedImage, draw_captions, draw_curves, draw_layout
-from mimo_strategy.pictures.layout_map import lane_pairs
 
 SIZES = ModuleSizes(num_experts=64, pp_stages=frozenset({1, 2}))
 
@@ -129,27 +128,42 @@ def test_neighbouring_lanes_differ_in_hue_whatever_feeds_them(dp: int) -> None:
         assert all(not np.allclose(one, other, atol=0.01) for one, other in pairwise(hues))
 
 
-def test_lane_pairs() -> None:
-    assert lane_pairs(4, 2) == [(0, 0), (1, 0), (2, 1), (3, 1)]
-    assert lane_pairs(2, 4) == [(0, 0), (0, 1), (1, 2), (1, 3)]
-    assert lane_pairs(3, 3) == [(0, 0), (1, 1), (2, 2)]
-
-
 @pytest.mark.parametrize(
-    ("images", "language", "label"),
+    ("images", "language", "label", "pairs"),
     [
-        (ModuleParallel(dp=4), ModuleParallel(dp=2, rank_offset=4), "fan-in 4"),
-        (ModuleParallel(dp=2), ModuleParallel(dp=4, rank_offset=2), "fan-out 2"),
-        (ModuleParallel(dp=2), ModuleParallel(tp=2, dp=2, pp=2, rank_offset=2), "equal 2"),
-        (ModuleParallel(dp=32), ModuleParallel(tp=2, dp=16), "fan-in 32"),
+        (
+            ModuleParallel(dp=4),
+            ModuleParallel(dp=2, rank_offset=4),
+            "fan-in 4",
+            [(0, 0), (1, 0), (2, 1), (3, 1)],
+        ),
+        (
+            ModuleParallel(dp=2),
+            ModuleParallel(dp=4, rank_offset=2),
+            "fan-out 2",
+            [(0, 0), (0, 1), (1, 2), (1, 3)],
+        ),
+        (
+            ModuleParallel(dp=2),
+            ModuleParallel(tp=2, dp=2, pp=2, rank_offset=2),
+            "equal 2",
+            [(0, 0), (1, 1)],
+        ),
+        (
+            ModuleParallel(dp=32),
+            ModuleParallel(tp=2, dp=16),
+            "fan-in 32",
+            [(lane, lane // 2) for lane in range(32)],
+        ),
     ],
 )
-def test_bridge_leads_from_lane_to_lane(images: ModuleParallel, language: ModuleParallel, label: str) -> None:
+def test_bridge_leads_from_lane_to_lane(
+    images: ModuleParallel, language: ModuleParallel, label: str, pairs: list[tuple[int, int]]
+) -> None:
     world_size = max(part.rank_offset + part.tp * part.dp * part.pp for part in (images, language))
     layout = resolve(world_size, images=images, language=language)
     figure = draw_layout(layout)
     drawn = patches(figure)
-    pairs = lane_pairs(images.dp, language.dp)
     assert any(text.startswith(label) for text in texts(figure))
     assert sum(" feeds " in gid for gid in drawn) == len(pairs)
     for encoder_lane, language_lane in pairs:

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from mimo_strategy import Layout, ModuleParallel
 from mimo_strategy.cli.job import memory_size
+from mimo_strategy.cli.layout_view import show_layout
 from mimo_strategy.cli.main import main
 from mimo_strategy.cli.run_config import read_run
+from mimo_strategy.layout import ModuleSizes
 from mimo_strategy.planning import measure
 from mimo_strategy.planning.machine import read_machine
+from mimo_strategy.planning.report import LayoutReport
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples/configs"
@@ -108,6 +112,16 @@ def test_layout_counts_the_bytes_of_modules_with_settings_of_their_own(capsys: p
     # the encoder has two lanes
     assert whole["images"] > 1.9 * sharded["images"]
     assert mixed == {"images": whole["images"], "language": sharded["language"]}
+
+
+def test_an_encoder_whose_experts_are_cut_by_etp_alone_has_factors_of_experts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = {"images": ModuleSizes(num_experts=2), "language": ModuleSizes()}
+    layout = Layout.resolve(sizes, 2, {"images": ModuleParallel(etp=2), "language": ModuleParallel()})
+    show_layout(Console(), LayoutReport(layout, (), "", None, "", None, 1, 1, 0, 0.0), [])
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "1 images dp 1 etp 1 ep 0 edp 0 dp 0-1 etp 0-1" in rows
 
 
 def test_layout_of_very_many_ranks_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:

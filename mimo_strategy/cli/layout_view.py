@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, Placement
 from mimo_strategy.pictures.lane_colors import lane_color
-from mimo_strategy.pictures.layout_text import fan, heading, title
+from mimo_strategy.pictures.layout_text import expert_factors, fan, heading, title
 from mimo_strategy.pictures.palette import INK, Color
 from mimo_strategy.planning.groups import feeds, groups, lane_ranks
 from mimo_strategy.planning.memory import gibibytes
@@ -196,7 +196,7 @@ def _groups(report: LayoutReport, ranks: list[int]) -> RenderableType:
                 Text(module.name, _style(report, module, rank)),
                 " ".join(f"{factor} {at[factor]}" for factor in ("tp", "cp", "dp", "pp") if getattr(module, factor) > 1)
                 or "alone",
-                " ".join(f"{factor} {at[factor]}" for factor in ("etp", "ep", "edp") if _has_experts(module)),
+                " ".join(f"{factor} {at[factor]}" for factor in expert_factors(module)),
                 "  ".join(f"{factor} {_span(others)}" for factor, others in _shown_groups(module, rank)),
             )
     if len(ranks) < report.layout.world_size:
@@ -257,12 +257,8 @@ def _span(ranks: range) -> str:
 
 def _shown_groups(module: ModuleLayout, rank: int) -> Iterator[tuple[str, range]]:
     for factor, ranks in groups(module, rank).items():
-        if factor not in ("etp", "ep", "edp") or _has_experts(module):
+        if factor not in ("etp", "ep", "edp") or expert_factors(module):
             yield factor, ranks
-
-
-def _has_experts(module: ModuleLayout) -> bool:
-    return module.name == LANGUAGE or module.ep > 1
 
 
 def _modules(report: LayoutReport) -> list[ModuleLayout]:

@@ -1,6 +1,7 @@
 """A map of which rank holds what, in both factorizations, and of which lane feeds which."""
 
 from dataclasses import dataclass
+from itertools import chain, product
 from math import ceil
 
 from matplotlib.artist import Artist
@@ -21,6 +22,7 @@ from mimo_strategy.pictures.layout_text import (
     title,
 )
 from mimo_strategy.pictures.palette import BLUE, FAINT, INK, MUTED, ORANGE, PALE, Color, tint
+from mimo_strategy.planning.groups import feeds, lane_ranks
 
 _TITLE, _NAME, _TEXT, _CELL, _SMALL = 15, 13, 10, 9, 7
 """Font sizes in points."""
@@ -66,12 +68,6 @@ def draw_layout(layout: Layout) -> Figure:
     y = _draw_legend(axes, modules, y + 0.22)
     crop(axes, y + MARGIN)
     return figure
-
-
-def lane_pairs(encoder_dp: int, language_dp: int) -> list[tuple[int, int]]:
-    """Which encoder lane feeds which language lane: both cut the same samples into equal blocks, in order."""
-    finest = max(encoder_dp, language_dp)
-    return [(lane * encoder_dp // finest, lane * language_dp // finest) for lane in range(finest)]
 
 
 @dataclass(frozen=True)
@@ -123,9 +119,8 @@ class _Grid:
         """Left edge and width of a lane: above its ranks, or spread over the whole width once ranks wrap."""
         if self.world_size > self.columns:
             return self.left + self.width * lane / module.dp, self.width / module.dp
-        shards = module.tp * module.cp
-        first = module.rank_offset + (stage * module.dp + lane) * shards
-        return self.cell(first)[1], shards * self.cell_width
+        ranks = lane_ranks(module, lane, stage)
+        return self.cell(ranks[0])[1], len(ranks) * self.cell_width
 
 
 def _heading_left(module: ModuleLayout) -> float:
@@ -230,7 +225,7 @@ def _draw_bridge(
         _draw_lanes(axes, grid, module, stage, finest, bar_y)
     _draw_label(axes, grid, fan(encoder, language), (y + bottom + _BAR) / 2, "bold")
     finer = max(encoder, language, key=lambda module: module.dp)
-    for encoder_lane, language_lane in lane_pairs(encoder.dp, language.dp):
+    for encoder_lane, language_lane in chain.from_iterable(product(*feed) for feed in feeds(encoder, language)):
         start_x, start_width = grid.lane_span(encoder, encoder_lane, encoder.pp - 1)
         end_x, end_width = grid.lane_span(language, language_lane, 0)
         start, end = (start_x + start_width / 2, y + _BAR), (end_x + end_width / 2, bottom)
