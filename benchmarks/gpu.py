@@ -208,6 +208,7 @@ class Bench:
             microbatches=case.microbatches,
             batch_size=case.batch_size,
             encoder_batching=case.encoder_batching,
+            encoder_ahead=case.encoder_ahead,
         )
 
     def measure(self, case: Case) -> Measured:

@@ -50,7 +50,8 @@ def needed_bytes(
     loop: str,
     microbatches: int,
     batch_size: int,
-    encoder_batching: int = 1,
+    encoder_batching: int,
+    encoder_ahead: int,
 ) -> float:
     """Of device memory that a loop needs on its fullest rank, rather too much than too little.
 
@@ -61,14 +62,23 @@ def needed_bytes(
         microbatches: per step.
         batch_size: samples per step.
         encoder_batching: microbatches that an encoder takes at once.
+        encoder_ahead: microbatches that an encoder runs ahead.
     """
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
     length, items = model.longest_sample()
-    job = Job(model, batch_size, length, items, Training.of(ddp, "bf16-mixed"), MACHINES["h200"])
+    job = Job(
+        model,
+        batch_size,
+        length,
+        items,
+        Training.of(ddp, "bf16-mixed"),
+        MACHINES["h200"],
+        encoder_batching=encoder_batching,
+        encoder_ahead=encoder_ahead,
+    )
     estimate = Estimator(job).estimate(layout, microbatches)
-    more_images = (encoder_batching - 1) * sum(estimate.activations.get("images", ()))
     communicators = _COMMUNICATORS["megatron" if loop == "megatron" and layout.world_size > 1 else "strategy"]
-    return estimate.peak_bytes + more_images + communicators + _MARGIN
+    return estimate.peak_bytes + communicators + _MARGIN
 
 
 def fits(needed: float, memory: float) -> bool:

@@ -27,6 +27,12 @@ def test_no_loop_needs_more_than_is_told() -> None:
         assert gibibytes <= told[case] <= 1.2 * gibibytes, case
 
 
+def test_an_encoder_that_runs_ahead_may_be_what_needs_most() -> None:
+    apart = [case for case in cases(4) if case.name == "non-colocated" and case.cuda_graphs]
+    needed = {case.encoder_ahead: bench(4).needed_bytes(case) for case in apart}
+    assert needed[2] > needed[1] == needed[0]
+
+
 @pytest.mark.parametrize("num_gpus", [1, 2, 4])
 def test_smaller_gpus_get_a_smaller_model(num_gpus: int) -> None:
     first, *_ = every_case = cases(num_gpus)
