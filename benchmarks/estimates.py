@@ -23,11 +23,11 @@ from mimo_strategy.layout import Layout
 from mimo_strategy.planning.estimate import Estimate, Job
 from mimo_strategy.planning.explain import short
 from mimo_strategy.planning.machine import Machine
-from mimo_strategy.planning.measure import measure_machine
 from mimo_strategy.planning.memory import Training, gibibytes
 from mimo_strategy.planning.report import report_layout
 from mimo_strategy.testing import run_on_ranks
 from mimo_strategy.testing.costs import MeasuredCosts, ModuleBytes, measure_costs
+from mimo_strategy.testing.rates import measure_machine
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 BATCH_SIZE, LENGTH, IMAGE_TOKEN = 16, 64, 1

@@ -193,6 +193,23 @@ def test_the_map_of_files_is_complete():
     assert named == files.keys()
 
 
+def imports_of(folder) -> set[tuple[str, str]]:
+    """File and top package of every import statement."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            found |= {(path.name, name.split(".")[0]) for name in names}
+    return found
+
+
+def test_imports_run_the_way_that_the_page_says():
+    assert ("model.py", "megatron") in imports_of(PACKAGE / "runtime")
+    assert not [where for where in imports_of(PACKAGE) if where[1] in ("modules", "datamodules")]
+    assert not [where for where in imports_of(PACKAGE / "runtime") if where[1] == "lightning"]
+
+
 def test_pictures_are_what_the_code_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["draw.py", str(tmp_path)])
     runpy.run_path(str(ROOT / "docs/draw.py"), run_name="__main__")

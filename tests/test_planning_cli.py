@@ -17,9 +17,9 @@ from mimo_strategy.cli.layout_view import show_layout
 from mimo_strategy.cli.main import main
 from mimo_strategy.cli.run_config import read_run
 from mimo_strategy.layout import ModuleSizes
-from mimo_strategy.planning import measure
-from mimo_strategy.planning.machine import read_machine
+from mimo_strategy.planning.machine import MACHINES, read_machine
 from mimo_strategy.planning.report import LayoutReport
+from mimo_strategy.testing import rates
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples/configs"
@@ -251,12 +251,12 @@ def test_a_size_of_memory_has_a_unit(size: str, bytes_: float) -> None:
 def test_profile_measures_and_plan_takes_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(measure, "_LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(rates, "_LEAST_SECONDS", 0.01)
     path = tmp_path / "profile.json"
     code, text = told(capsys, "profile", "--ranks", "2", "--accelerator", "cpu", "--output", str(path))
     machine = read_machine(path)
     assert code == 0 and "dispatch" in text
-    assert machine.bandwidth != measure.MACHINES["cpu"].bandwidth
+    assert machine.bandwidth != MACHINES["cpu"].bandwidth
     code, text = told(capsys, "plan", "--config", DIGITS, "--profile", str(path), "--json")
     assert code == 0
     assert json.loads(text)["machine"] == machine.name

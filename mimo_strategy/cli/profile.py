@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     # before any question about GPUs, see mimo_strategy.testing
     import torch
 
-    from mimo_strategy.planning.measure import measure_machine
+    from mimo_strategy.testing.rates import measure_machine
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     accelerator = ("gpu" if num_gpus else "cpu") if options.accelerator == "auto" else options.accelerator

@@ -12,8 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mimo_strategy.module import BuildContext
+from mimo_strategy.planning.cost import Workload
+from mimo_strategy.planning.estimate import forward_and_backward_operations
 from mimo_strategy.planning.machine import MACHINES, Machine
 from mimo_strategy.testing.ranks import Accelerator, run_on_ranks
+from mimo_strategy.topology import Topology
 
 _LEAST_SECONDS = 0.2
 """For which something is repeated."""
@@ -69,11 +73,6 @@ def _device_rates(accelerator: Accelerator) -> dict[str, float | str]:
 
 def _dispatch_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """Of one operation: a tiny model has nothing to compute, and all its time is the host's."""
-    from mimo_strategy.module import BuildContext
-    from mimo_strategy.planning.cost import Workload
-    from mimo_strategy.planning.estimate import forward_and_backward_operations
-    from mimo_strategy.topology import Topology
-
     modules = import_module("modules")
     model = modules.MambaMoE(modules.MambaMoEConfig.tiny())
     topology = Topology.single_process(model.module_sizes())
