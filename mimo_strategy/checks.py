@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from mimo_strategy.checkpoint.writer import OnFailure
 from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel, Placement
-from mimo_strategy.layout_checks import encoder_schedule_failures
+from mimo_strategy.layout_checks import cuda_graph_failures, encoder_schedule_failures
 from mimo_strategy.lightning_private import NoOptimizer
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
@@ -222,12 +222,18 @@ def check_cuda_graphs(language: ModuleLayout, ddp: DistributedDataParallelConfig
         LayoutError: if its layers or stages talk to each other.
         ValueError: if parameters are gathered layer by layer.
     """
-    cut = [f"{name} {size}" for name in ("tp", "pp") if (size := getattr(language, name)) > 1]
-    if cut:
-        raise LayoutError(
-            f"cuda_graphs=True replays layers of {LANGUAGE} that do not talk to other ranks, but it has "
-            f"{', '.join(cut)}; make each 1 or leave cuda_graphs False"
-        )
+    failures = list(cuda_graph_failures(language))
+    if failures:
+        raise LayoutError(*failures)
+    check_replayed_ddp(ddp)
+
+
+def check_replayed_ddp(ddp: DistributedDataParallelConfig) -> None:
+    """Check that a module whose layers are replayed as CUDA graphs needs nothing but these in its forward pass.
+
+    Raises:
+        ValueError: if parameters are gathered layer by layer.
+    """
     if ddp.overlap_param_gather:
         raise ValueError(
             f"layers that cuda_graphs=True replays cannot gather their parameters: leave overlap_param_gather False in "

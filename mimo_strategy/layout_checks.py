@@ -101,3 +101,13 @@ def encoder_schedule_failures(
         yield f"encoder_batching {encoder_batching} is for encoders that share the ranks of {LANGUAGE}: leave it 1"
     if encoder_ahead and share_ranks:
         yield f"encoder_ahead {encoder_ahead} is for encoders on other ranks than {LANGUAGE}: leave it 0"
+
+
+def cuda_graph_failures(language: ModuleLayout) -> Iterator[str]:
+    """Layers or stages of the language model that talk to each other, where layers are replayed as CUDA graphs."""
+    cut = [f"{name} {size}" for name in ("tp", "pp") if (size := getattr(language, name)) > 1]
+    if cut:
+        yield (
+            f"cuda_graphs=True replays layers of {LANGUAGE} that do not talk to other ranks, but it has "
+            f"{', '.join(cut)}; make each 1 or leave cuda_graphs False"
+        )

@@ -217,11 +217,45 @@ def test_profile_of_a_gpu_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "this machine has no GPU" in capsys.readouterr().err
 
 
-def test_what_the_strategy_refuses_fails_the_layout(capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = told(capsys, "layout", "--config", DIGITS, "--trainer.strategy.encoder_batching=2", "--json")
-    report = json.loads(text)
-    assert code == 1 and report["encoder_batching"] == 2
-    assert report["failures"] == ["encoder_batching 2 is for encoders that share the ranks of language: leave it 1"]
+@pytest.mark.parametrize(
+    ("config", "argument", "failure"),
+    [
+        (
+            "cpu-digits.yaml",
+            "encoder_batching=2",
+            "encoder_batching 2 is for encoders that share the ranks of language: leave it 1",
+        ),
+        (
+            "cpu-digits-colocated.yaml",
+            "encoder_ahead=2",
+            "encoder_ahead 2 is for encoders on other ranks than language: leave it 0",
+        ),
+        (
+            "cpu-digits-colocated.yaml",
+            "cuda_graphs=true",
+            "cuda_graphs=True replays layers of language that do not talk to other ranks, but it has tp 2; make each 1 "
+            "or leave cuda_graphs False",
+        ),
+    ],
+)
+def test_what_the_strategy_refuses_fails_the_layout(
+    config: str, argument: str, failure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = told(capsys, "layout", "--config", str(CONFIGS / config), f"--trainer.strategy.{argument}", "--json")
+    assert code == 1
+    assert json.loads(text)["failures"] == [failure]
+
+
+def test_plan_finds_layouts_whose_layers_can_be_replayed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--config", DIGITS, "--json", "--best", "1000", "--trainer.strategy.cuda_graphs=true"]
+    code, text = told(capsys, *arguments)
+    layouts = [one["modules"] for one in json.loads(text)["best"]]
+    assert code == 0
+    assert all((layout["language"]["tp"], layout["language"]["pp"]) == (1, 1) for layout in layouts)
+    assert any(layout["images"]["tp"] > 1 for layout in layouts)
+    gathered_late = '{"use_distributed_optimizer": true, "overlap_grad_reduce": true, "overlap_param_gather": true}'
+    assert main([*arguments, f"{DDP}={gathered_late}"]) == 2
+    assert "leave overlap_param_gather False in the ddp settings of language" in capsys.readouterr().err
 
 
 def test_the_configuration_s_encoder_batching_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +263,9 @@ def test_the_configuration_s_encoder_batching_is_estimated(capsys: pytest.Captur
     kept = []
     for at_once in (1, 4):
         code, text = told(capsys, "layout", *colocated, f"--trainer.strategy.encoder_batching={at_once}", "--json")
-        kept.append(json.loads(text)["ranks"][0]["images"]["bytes"]["activations"])
+        report = json.loads(text)
+        assert report["encoder_batching"] == at_once
+        kept.append(report["ranks"][0]["images"]["bytes"]["activations"])
         assert code == 0
     assert kept[1] == pytest.approx(4 * kept[0])
     code, text = told(capsys, "plan", *colocated, "--trainer.strategy.encoder_batching=4", "--json", "--best", "1000")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mimo_strategy.checks import check_ddp
+from mimo_strategy.checks import check_ddp, check_replayed_ddp
 from mimo_strategy.cli.complaints import suggest
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.run_config import RunConfig, read_run
@@ -50,8 +50,7 @@ def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
 
     Raises:
         UsageError: for a configuration that cannot work; if the world size is not known, a number is out of range, the
-            precision is not supported, the profile cannot be read, or settings are of a module that the model does not
-            have.
+            precision is not supported, the profile cannot be read, or settings of data parallelism cannot work.
     """
     options, overrides = parser.parse_known_args(arguments)
     for option in ("world_size", "batch_size", "sequence_length"):
@@ -78,9 +77,11 @@ def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
     sizes = run.model.module_sizes()
     try:
         check_ddp(sizes, run.ddp)
+        ddp = resolve_ddp(sizes, run.ddp, on_gpus=machine.runs_ahead)
+        if run.cuda_graphs:
+            check_replayed_ddp(ddp[LANGUAGE])
     except ValueError as error:
         raise UsageError(str(error)) from None
-    ddp = resolve_ddp(sizes, run.ddp, on_gpus=machine.runs_ahead)
     try:
         trainings = {name: Training.of(config, run.precision) for name, config in ddp.items()}
     except ValueError as error:
@@ -94,6 +95,7 @@ def read_job(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
         machine,
         encoder_batching=run.encoder_batching,
         encoder_ahead=run.encoder_ahead,
+        cuda_graphs=run.cuda_graphs,
         trainings=trainings,
     )
     return options, run, job, world_size

@@ -26,6 +26,7 @@ class RunConfig:
         num_microbatches: microbatches per step.
         encoder_batching: microbatches that colocated encoders take at once.
         encoder_ahead: microbatches that encoders on ranks of their own run ahead.
+        cuda_graphs: whether layers of the language model are replayed.
         ddp: settings of gradient reduction and the distributed optimizer, for all modules or by module name; ``None``
             is the strategy's default.
         batch_size: samples of a step batch, if the data say so.
@@ -38,6 +39,7 @@ class RunConfig:
     num_microbatches: int
     encoder_batching: int
     encoder_ahead: int
+    cuda_graphs: bool
     ddp: DistributedDataParallelConfig | Mapping[str, DistributedDataParallelConfig] | None
     batch_size: int | None
     precision: str
@@ -63,6 +65,7 @@ def read_run(arguments: list[str]) -> RunConfig:
         num_microbatches=settings["num_microbatches"],
         encoder_batching=settings["encoder_batching"],
         encoder_ahead=settings["encoder_ahead"],
+        cuda_graphs=settings["cuda_graphs"],
         ddp=ddp and _ddp(ddp),
         batch_size=declared_batch_size(reader.datamodule),
         precision=unified_precision(trainer["precision"]) or "32-true",

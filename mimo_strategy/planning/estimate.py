@@ -42,6 +42,8 @@ class Job:
         fused: whether layers are Transformer Engine's; by default on machines that run ahead of their host.
         encoder_batching: microbatches that colocated encoders take at once, as far as it divides their number.
         encoder_ahead: microbatches that encoders on ranks of their own run ahead.
+        cuda_graphs: whether layers of the language model are replayed, which not every layout allows; what it saves of
+            ``dispatch`` is not estimated.
         trainings: of the modules whose parameters are reduced or updated in another way than ``training``.
     """
 
@@ -54,6 +56,7 @@ class Job:
     fused: bool | None = None
     encoder_batching: int = 1
     encoder_ahead: int = 0
+    cuda_graphs: bool = False
     trainings: Mapping[str, Training] = field(default_factory=dict)
 
     def workload(self, dp: int, num_passes: int) -> Workload:

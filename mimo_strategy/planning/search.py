@@ -8,6 +8,7 @@ from functools import cache
 from itertools import product
 
 from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleParallel, ModuleSizes, Placement
+from mimo_strategy.layout_checks import cuda_graph_failures
 from mimo_strategy.planning.estimate import Estimate, Estimator, Job
 
 LARGEST_TENSOR_PARALLEL = 8
@@ -39,7 +40,7 @@ class Plan:
 def search(job: Job, world_size: int, *, memory: float | None = None, keep: int = 10) -> Plan:
     """Estimate all layouts of both placements and all numbers of microbatches that divide the step batch.
 
-    Left out are tp beyond a node, etp other than 1 and tp, and context parallelism.
+    Left out are tp beyond a node and etp other than 1 and tp.
 
     Args:
         job: model, step batch and machine.
@@ -54,6 +55,8 @@ def search(job: Job, world_size: int, *, memory: float | None = None, keep: int 
     smallest: Estimate | None = None
     tried = fitting = 0
     for layout in candidates(job.model.module_sizes(), world_size, job.batch_size):
+        if job.cuda_graphs and any(cuda_graph_failures(layout.modules[LANGUAGE])):
+            continue
         dp = max(module.dp for module in layout.modules.values())
         for num_microbatches in _divisors(job.batch_size // dp):
             tried += 1
