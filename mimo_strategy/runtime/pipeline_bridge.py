@@ -56,7 +56,7 @@ class PipelineBridge(BridgeCommunicator):
         self._leaving: deque[list[dist.Work]] = deque()
 
     def begin_step(self, parts: list[Parts], ahead: int) -> None:
-        """Tell what is to cross; forgets what an earlier step left, which was forward only or failed.
+        """Tell what is to cross.
 
         Args:
             parts: by microbatch, the tokens of each lane that this rank's lane exchanges with, see
@@ -66,8 +66,6 @@ class PipelineBridge(BridgeCommunicator):
         Raises:
             ValueError: on the language model's rank, if the encoder is to send other numbers of tokens.
         """
-        self._arriving.clear()
-        self._leaving.clear()
         self._agree_on(parts)
         self._forward, self._backward = iter(parts), iter(parts)
         if self.is_current_rank_in_grid(self.dest_grid):
