@@ -1,15 +1,20 @@
 """Training goes on from a checkpoint as if it had never stopped, on the same layout and on any other."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from checkpoint_runs import COLOCATED, DISJOINT, Run, StopAfter, data, every_step, fit, model, strategy
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import make_trainer
 
 from mimo_strategy import ModuleParallel as P
+from mimo_strategy.checkpoint.random_state import random_streams
+from mimo_strategy.layout import ModuleSizes
 from mimo_strategy.testing import run_on_ranks
+from mimo_strategy.topology import Topology
 
 # Every difference that a layout can make: tp, dp, pp, ep, etp, the world, and whether modules share ranks. Also how
 # the optimizer's state is held.
@@ -162,15 +167,43 @@ def test_the_same_layout_goes_on_bit_for_bit(tmp_path, layout):
             assert after.weights == before.weights
 
 
-def test_random_streams_start_anew_on_another_layout(tmp_path):
-    def run(last, step=0, **settings):
-        saved = tmp_path / f"step={step}.ckpt" if step else None
-        module = model(random=True)
-        return fit(strategy(**settings), last, saved, module=module, callbacks=(every_step(tmp_path),))
+class Streams(Callback):
+    """The state of every stream of this rank's modules when training begins."""
 
-    (first,) = run_on_ranks(run, 1, 2)
-    (again,) = run_on_ranks(run, 1, 3, 2)
-    resumed = [run_on_ranks(lambda: run(3, 2, modules={"images": P(dp=2), "language": P(dp=2)}), 2) for _ in range(2)]
-    assert resumed[0] == resumed[1], "the same seeds each time"
-    assert resumed[0][0].losses != again.losses
-    assert resumed[0][0].losses != first.losses[:1]
+    def on_train_start(self, trainer, module):
+        self.states = {
+            f"{name} {stream}": state.tolist()
+            for name, rng in module.model.rngs.items()
+            for stream, state in rng.states.items()
+        }
+
+
+def test_random_streams_of_modules_start_anew_on_another_layout(tmp_path):
+    """At other seeds than a run that starts there, and than from another step."""
+    run_on_ranks(lambda: fit(strategy(), 2, callbacks=(every_step(tmp_path),)), 1)
+
+    def begin(step):
+        streams = Streams()
+        fit(strategy(), step + 1, tmp_path / f"step={step}.ckpt" if step else None, callbacks=(streams,))
+        return streams.states
+
+    started, first, second, again = (run_on_ranks(begin, 2, step) for step in (0, 1, 2, 2))
+    assert second == again
+    for rank in range(2):
+        assert len(started[rank]) > 3
+        for stream in started[rank]:
+            assert len({str(states[rank][stream]) for states in (started, first, second)}) == 3, stream
+
+
+def test_the_default_generator_starts_anew_after_another_number_of_updates():
+    def run():
+        topology = Topology.single_process({"language": ModuleSizes()})
+        states = []
+        for num_updates in (0, 1, 2):
+            torch.manual_seed(7)
+            (default,) = random_streams(SimpleNamespace(rngs={}), topology, torch.device("cpu"))
+            default.restart(num_updates)
+            states.append(torch.get_rng_state().tolist())
+        return len(set(map(str, states)))
+
+    assert run_on_ranks(run, 1) == [3]

@@ -17,6 +17,7 @@ from checkpoint_runs import MAX_STEPS, data, every_step, fit, model, strategy
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from tiny_runs import make_trainer
 
 from mimo_strategy import strategy as strategy_module
@@ -322,6 +323,21 @@ def test_a_full_disk_need_not_end_training(tmp_path, async_save, caplog):
         assert f"step={step}.ckpt could not be saved: rank 1: " in logged
     # the checkpoints that could not be removed while there was no other are removed now
     assert names(tmp_path) == {"step=5.ckpt"}
+
+
+def test_what_is_saved_again_is_not_removed_for_having_been_unwanted(tmp_path):
+    def run():
+        writer = CheckpointWriter(in_background=False, on_failure="warn", timeout=timedelta(minutes=1))
+        shards = [ShardedTensor.from_rank_offsets("weight", torch.ones(2))]
+        writer.save(tmp_path / "best.ckpt", shards, {})
+        writer.save(tmp_path / "next.ckpt", shards, {"does not load": FailAt(1, ())})
+        writer.remove(tmp_path / "best.ckpt")
+        writer.save(tmp_path / "best.ckpt", shards, {})
+        writer.close()
+
+    run_on_ranks(run, 1)
+    assert names(tmp_path) == {"best.ckpt"}
+    assert is_whole(tmp_path / "best.ckpt")
 
 
 def test_without_space_the_last_whole_one_is_kept(tmp_path):

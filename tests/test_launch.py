@@ -1,5 +1,6 @@
 """Ranks that are processes: how they are started, what they say when one fails, and that all of them end."""
 
+import io
 import json
 import os
 import re
@@ -10,12 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch.distributed as dist
+
+from mimo_strategy.failures import FailureReport
+from mimo_strategy.testing import run_on_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("launched.py")
@@ -125,6 +131,25 @@ def test_a_rank_that_fails_ends_all(rank):
         check_failure(ended, rank, how)
     told = "rank 1 of this node was ended by SIGKILL" if rank == 1 else "rank 0, which keeps the ranks' store, is gone"
     assert told in results[1].output[0]
+
+
+def test_a_rank_that_waits_in_the_store_for_one_that_failed_names_it():
+    def run():
+        printed = io.StringIO()
+        with redirect_stderr(printed):
+            try:
+                if dist.get_rank() == 1:
+                    raise KeyError("no such sample")
+                # the store of ranks that a launcher starts; those of tests have one in a file
+                store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+                store.wait(["what rank 1 never sets"], timedelta(milliseconds=100))
+            except Exception as error:
+                FailureReport().report(type(error), error, error.__traceback__)
+        return printed.getvalue()
+
+    waiting, failed = run_on_ranks(run, 2)
+    assert waiting == "rank 0 ends: rank 1 failed: KeyError: 'no such sample'\n"
+    assert "Traceback" in failed
 
 
 @pytest.mark.exhaustive

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from tiny_runs import OPTIMIZER, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
@@ -13,7 +14,7 @@ from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.runtime.data_parallel import module_config
-from mimo_strategy.testing import run_on_ranks
+from mimo_strategy.testing import RankError, run_on_ranks
 
 BATCH = 8
 LAYOUTS = {
@@ -126,6 +127,15 @@ def test_an_overflow_in_one_module_lowers_the_scale_of_all_and_skips_the_step(la
         assert skipped == (0, 1, 1, 1, 1)
         assert has_norm == (True, False, True, True, True)
         assert weights[1] == weights[0] != weights[2]
+
+
+def test_ranks_of_different_precision_are_told():
+    def run():
+        fit(LAYOUTS["colocated"], ("32-true", "bf16-mixed")[dist.get_rank()], [])
+
+    message = "the precision must be the same on every rank, but is 32-true on rank.* 0, bf16-mixed on rank.* 1"
+    with pytest.raises(RankError, match=message):
+        run_on_ranks(run, 2, timeout=60)
 
 
 def test_the_loss_scale_changes_no_gradient():
