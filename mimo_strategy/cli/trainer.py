@@ -18,7 +18,7 @@ Trainer, as in Lightning:
   --trainer.callbacks+=LearningRateMonitor  one more callback
 
 Layout of each module, drawn and checked by `mimo layout`:
-  --trainer.strategy.modules.images.dp=4    tp, cp, dp, pp, rank_offset, num_ranks
+  --trainer.strategy.modules.images.dp=4    tp, dp, pp, rank_offset, num_ranks
   --trainer.strategy.modules.language.tp=4  and ep, etp for experts
   --trainer.strategy.num_microbatches=2     parts of a step batch
 
