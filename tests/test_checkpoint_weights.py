@@ -169,7 +169,7 @@ def test_an_unknown_module_is_refused():
 
 
 def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path):
-    with pytest.raises(CheckpointError, match=r"step=9\.ckpt is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"there is no .*step=9\.ckpt"):
         export_weights(folder / "step=9.ckpt", tmp_path / "weights.safetensors")
     assert list(tmp_path.iterdir()) == []
 
