@@ -46,6 +46,8 @@ def begin_next_epoch(trainer: Trainer) -> None:
         return
     if loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
+    was_saved_after = loop.epoch_loop.restarted_on_last and loop.epoch_loop.batch_progress.is_last_batch
+    if loop.restarted_on_epoch_end or was_saved_after:
         loop.epoch_loop.restarting = False
     loop.reset_restart_stage()
 

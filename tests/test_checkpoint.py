@@ -96,6 +96,7 @@ MOMENTS = {
     "steps": {"every_n_train_steps": 2},
     "validation": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
     "epochs": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+    "fit": {"every_n_train_steps": 100},
 }
 
 
@@ -118,12 +119,16 @@ def test_a_run_goes_on_again_and_again_whenever_it_was_saved(tmp_path, moment, l
             **limit,
         )
         trainer.fit(model(), data(), data() if validates else None, ckpt_path=start)
+        if moment == "fit":
+            trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
         return seen.steps, seen.epochs
 
     steps, epochs = run_on_ranks(run, 1, None, 12, tmp_path / "whole")[0]
     assert [begun for begun, _ in epochs] == [0, 4, 8]
-    every = 4 if moment == "epochs" else 2
+    every = 4 if moment in ("epochs", "fit") else 2
     start = tmp_path / "whole" / f"step={every}.ckpt"
+    if moment == "fit":
+        run_on_ranks(run, 1, None, every, tmp_path / "whole")
     for first in range(every, 12, every):
         again = run_on_ranks(run, 1, start, first + every, tmp_path / str(first))[0]
         assert again[0] == steps[first : first + every]
