@@ -12,8 +12,8 @@ from mimo_strategy.runtime.loss import LossOutput
 DETAIL = "detail"
 """A setting of quantities that are logged only in steps that loggers write, as each call of ``log`` costs time."""
 
-# no name that anybody could log by
-_LOSS = ""
+LOSS = ""
+"""Of the loss; no name that anybody could log by."""
 
 
 class Reported(NamedTuple):
@@ -54,7 +54,7 @@ class StepSums:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[str, _Quantity] = {_LOSS: _Quantity(0, None)}
+        self._known: dict[str, _Quantity] = {LOSS: _Quantity(0, None)}
         self._own: dict[str, _Quantity] = {}
         self._sums: dict[str, torch.Tensor] = {}
         # of the step that was reduced last
@@ -89,7 +89,7 @@ class StepSums:
 
     def add_loss(self, loss: LossOutput) -> None:
         """Add the loss of one microbatch, on one rank of each lane's last stage."""
-        self.add(_LOSS, loss.sum, loss.count)
+        self.add(LOSS, loss.sum, loss.count)
 
     def reduce_loss(self) -> LossOutput:
         """The loss of the step over all ranks; collective over the world. Reduces whatever else was added, too.
@@ -123,7 +123,7 @@ class StepSums:
         quantities, position = {}, 1
         for name, (parts, settings) in self._known.items():
             end = position + max(parts, 1)
-            if host[end] and name != _LOSS:
+            if host[end] and name != LOSS:
                 sums = self._reduced[position:end] if parts else self._reduced[position]
                 quantities[name] = Reported(sums, self._reduced[end], settings)
             position = end + 1

@@ -24,7 +24,7 @@ from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.optimizer import HeteroOptimizer
-from mimo_strategy.runtime.step_sums import StepSums
+from mimo_strategy.runtime.step_sums import LOSS, StepSums
 from mimo_strategy.step_batch import StepShare
 
 # megatron.core.distributed has a function of the same name
@@ -132,7 +132,7 @@ def parameters_are_not_gathered(patch: MonkeyPatch) -> None:
 @fault(LANES, "step 1, gradient")
 def tokens_of_one_lane_are_counted(patch: MonkeyPatch) -> None:
     def reduce(original, sums):
-        own = sums._sums["loss"][1].clone()
+        own = sums._sums[LOSS][1].clone()
         loss = original(sums)
         return LossOutput(loss.sum, own.float())
 
