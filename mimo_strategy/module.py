@@ -249,9 +249,11 @@ class MimoModule(LightningModule):
 
         Items of floating-point numbers come in the dtype of the parameters.
         """
-        dtype = self.build_context.dtype
-        own = {name: items[name] for name in self.model.modality_submodules}
-        own = {name: part.to(dtype) if part.is_floating_point() else part for name, part in own.items()}
+        own = {}
+        for name, encoder in self.model.modality_submodules.items():
+            own[name] = items[name]
+            if own[name].is_floating_point():
+                own[name] = own[name].to(next(encoder.parameters()).dtype)
         blank = {name: self.blank_items(name, empty) for name, empty in own.items() if len(empty) == 0}
         return EncoderInputs({name: self.encoder_inputs(name, part) for name, part in (own | blank).items()}, blank)
 
