@@ -254,17 +254,7 @@ class MimoHeteroStrategy(ParallelStrategy):
                 f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n{_BUILD_ANEW}"
             )
         if runtime is not None:
-            dtype, wanted = runtime.dtype, self.precision_plugin.dtype
-            if dtype is not wanted:
-                raise ValueError(f"the model was built in {dtype} and cannot be used in {wanted}. {_BUILD_ANEW}")
-            on_gpus = self.root_device.type == "cuda"
-            fits = module.trainer.state.fn == TrainerFn.FITTING
-            for name, config in self._ddp_configs(on_gpus=on_gpus).items() if fits else ():
-                if config != runtime.ddp_configs[name]:
-                    raise ValueError(
-                        f"{name} was wrapped with\n{runtime.ddp_configs[name]}\nand cannot be trained with\n{config}\n"
-                        f"{_BUILD_ANEW}"
-                    )
+            self._check_settings(runtime, trains=module.trainer.state.fn == TrainerFn.FITTING)
         self.runtime = runtime
         self.topology = None
         release_abandoned()
@@ -274,6 +264,19 @@ class MimoHeteroStrategy(ParallelStrategy):
             runtime.encoder_batching = self._encoder_batching
             runtime.encoder_ahead = self._encoder_ahead
             runtime.cuda_graphs = self._cuda_graphs
+
+    def _check_settings(self, runtime: MimoRuntime, *, trains: bool) -> None:
+        dtype = self.precision_plugin.dtype
+        if runtime.dtype is not dtype:
+            raise ValueError(f"the model was built in {runtime.dtype} and cannot be used in {dtype}. {_BUILD_ANEW}")
+        if not trains:
+            return
+        for name, config in self._ddp_configs(on_gpus=self.root_device.type == "cuda").items():
+            built_with = runtime.ddp_configs[name]
+            if config != built_with:
+                raise ValueError(
+                    f"{name} was wrapped with\n{built_with}\nand cannot be trained with\n{config}\n{_BUILD_ANEW}"
+                )
 
     # ---- model and optimizer
 
