@@ -45,7 +45,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.runtime is None:
             raise ValueError(
-                f"Throughput counts by the layout of MimoHeteroStrategy, there is none under "
+                "Throughput counts by the layout of MimoHeteroStrategy, there is none under "
                 f"{type(trainer.strategy).__name__}"
             )
         self._step_began = None
