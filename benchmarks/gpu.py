@@ -40,6 +40,7 @@ from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.runtime import data_parallel
 from mimo_strategy.runtime.data_parallel import DistributedDataParallel
 from mimo_strategy.runtime.schedule import release_unused_bridges
+from mimo_strategy.testing import trainer_ranks
 from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig, fp8, layer_specs, transformer
 
 IMAGE_TOKEN = 511
@@ -257,7 +258,7 @@ class Bench:
         )
         trainer = Trainer(
             accelerator=self.device.type,
-            devices=dist.get_world_size(),
+            **trainer_ranks(),
             strategy=strategy,
             precision="bf16-mixed" if self.dtype is torch.bfloat16 else "32-true",
             max_steps=stopwatch.total,

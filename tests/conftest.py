@@ -1,6 +1,7 @@
 """What every test runs in: one thread, megatron imported once for all forked ranks, and nothing left behind."""
 
 import os
+from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = "1"
 # GPUs would otherwise multiply in TF32, of 10 bits. The first is for cuBLAS and cuDNN, so also for Transformer Engine,
@@ -11,7 +12,6 @@ os.environ["TRITON_CACHE_AUTOTUNING"] = "1"
 
 import psutil
 import pytest
-import torch
 import torch.distributed as dist
 
 from mimo_strategy.testing import run_on_ranks
@@ -44,25 +44,9 @@ def accelerator(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def require_ranks(accelerator):
-    """Skips the test where there are too few GPUs for as many ranks."""
-
-    def require(world_size):
-        if accelerator == "gpu" and torch.cuda.device_count() < world_size:
-            pytest.skip(f"needs {world_size} GPUs, this machine has {torch.cuda.device_count()}")
-
-    return require
-
-
-@pytest.fixture(scope="session")
-def on_ranks(require_ranks, accelerator):
-    """``run_on_ranks`` on the accelerator of this run; skips the test where there are too few GPUs."""
-
-    def run(function, world_size, *args):
-        require_ranks(world_size)
-        return run_on_ranks(function, world_size, *args, accelerator=accelerator)
-
-    return run
+def on_ranks(accelerator):
+    """``run_on_ranks`` on the accelerator of this run."""
+    return partial(run_on_ranks, accelerator=accelerator)
 
 
 @pytest.fixture(autouse=True)

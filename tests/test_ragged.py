@@ -122,11 +122,8 @@ LAYOUTS = {
     ],
     ids=lambda value: {id(OVERLAPPED): "overlapped", id(PLAIN): "plain", id(None): "sharded"}.get(id(value)),
 )
-def test_training_is_that_of_one_process(
-    require_ranks, reference, tolerances, layout, num_microbatches, ddp, scheduling
-):
+def test_training_is_that_of_one_process(reference, tolerances, layout, num_microbatches, ddp, scheduling):
     modules, world_size = LAYOUTS[layout]
-    require_ranks(world_size)
     strategy = MimoHeteroStrategy(modules, num_microbatches, ddp=ddp, **scheduling)
     reference.assert_alike(strategy, world_size, tolerances=tolerances)
 
@@ -254,8 +251,7 @@ def two_encoders(accelerator):
         ),
     ],
 )
-def test_encoders_may_differ_in_layout_and_items(require_ranks, two_encoders, tolerances, modules, world_size):
-    require_ranks(world_size)
+def test_encoders_may_differ_in_layout_and_items(two_encoders, tolerances, modules, world_size):
     two_encoders.assert_alike(MimoHeteroStrategy(modules, 2), world_size, tolerances=tolerances)
 
 

@@ -18,6 +18,7 @@ from datamodules import DigitsDataModule, collate
 from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
 from mimo_strategy.checkpoint.weights import load_weights, save_weights
 from mimo_strategy.module import MimoModule
+from mimo_strategy.testing import trainer_ranks
 from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig
 
 BATCH_SIZE = 24
@@ -89,7 +90,7 @@ def make_trainer(strategy: MimoHeteroStrategy | str, **settings: Any) -> Trainer
     warnings.filterwarnings("ignore", module="lightning")
     quiet = {
         "accelerator": "cpu",
-        "devices": dist.get_world_size() if dist.is_initialized() else 1,
+        **(trainer_ranks() if dist.is_initialized() else {"devices": 1}),
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

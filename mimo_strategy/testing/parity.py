@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.strategy import MimoHeteroStrategy
-from mimo_strategy.testing.ranks import run_on_ranks
+from mimo_strategy.testing.ranks import run_on_ranks, trainer_ranks
 from mimo_strategy.testing.report import Comparison, Difference, Quantity, Size, Tolerances
 from mimo_strategy.testing.shards import Shard, assemble, gradient_shards, weight_shards
 
@@ -141,7 +140,7 @@ class Reference:
         seed_everything(1, verbose=False)
         trainer = Trainer(
             accelerator=self._accelerator,
-            devices=dist.get_world_size(),
+            **trainer_ranks(),
             strategy=strategy,
             max_steps=self._num_steps,
             gradient_clip_val=self._gradient_clip_val,

@@ -47,23 +47,22 @@ def run_on_ranks(
         world_size: number of ranks.
         args: passed to every rank.
         timeout: seconds after which all ranks are killed; ``None`` is 120 on CPUs and 600 on GPUs.
-        accelerator: ``cpu`` connects the ranks over gloo, ``gpu`` over NCCL, rank ``r`` on ``cuda:r``. This process
-            must not have used CUDA then. After ``import lightning`` it may ask ``torch.cuda.is_available()``, which
-            before would have initialised CUDA.
+        accelerator: ``cpu`` connects the ranks over gloo, ``gpu`` over NCCL, rank ``r`` on ``cuda:r``. Where there are
+            fewer GPUs than ranks they share them: numbers are right then, speeds are not, as ranks take turns and talk
+            through the host. This process must not have used CUDA. After ``import lightning`` it may ask
+            ``torch.cuda.is_available()``, which before would have initialised CUDA.
 
     Raises:
         RankError: if a rank raises or dies, or the time is up. All ranks have ended then.
-        RuntimeError: if this process cannot fork ranks any more, or has fewer GPUs than ranks.
+        RuntimeError: if this process cannot fork ranks any more, or has no GPU for them.
     """
     if dist.is_initialized():
         raise RuntimeError("run_on_ranks forks ranks, so this process must not have torch.distributed initialised")
     if accelerator == "gpu":
         if torch.cuda.is_initialized():
             raise RuntimeError("run_on_ranks forks ranks, so this process must not have CUDA initialised")
-        if torch.cuda.device_count() < world_size:
-            raise RuntimeError(
-                f"{world_size} ranks need {world_size} GPUs, this machine has {torch.cuda.device_count()}"
-            )
+        if not torch.cuda.device_count():
+            raise RuntimeError('ranks with accelerator="gpu" need a GPU, this machine has none')
     if timeout is None:
         timeout = DEFAULT_TIMEOUT[accelerator]
     torch.set_num_threads(1)
@@ -92,6 +91,12 @@ def run_on_ranks(
             torch.load(Path(folder) / f"result-{rank}", map_location="cpu", weights_only=False)
             for rank in range(world_size)
         ]
+
+
+def trainer_ranks() -> dict[str, int]:
+    """``devices`` and ``num_nodes`` for a Trainer over all ranks of this job, as :func:`run_on_ranks` started them."""
+    num_devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {"devices": num_devices, "num_nodes": dist.get_world_size() // num_devices}
 
 
 def _wait(processes: list, folder: Path, deadline: float, timeout: float) -> None:
@@ -136,12 +141,17 @@ def _run_rank(
         os._exit(1)
     # what was imported is never garbage, and to look through it would copy its pages
     gc.freeze()
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    num_gpus = torch.cuda.device_count() if accelerator == "gpu" else world_size
+    if num_gpus < world_size:
+        _pass_for_a_machine(rank, rank % num_gpus)
+    else:
+        os.environ.update(NODE_RANK="0", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
     # torch renews a thread pool after a fork when it is first asked for, and gives none to whoever asks meanwhile: the
     # first backward pass asks in one thread per GPU
     torch.set_num_threads(1)
     try:
-        device = torch.device("cuda", rank) if accelerator == "gpu" else None
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if accelerator == "gpu" else None
         if device is not None:
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -161,3 +171,17 @@ def _run_rank(
         (folder / f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)
     os._exit(0)
+
+
+def _pass_for_a_machine(rank: int, gpu: int) -> None:
+    """NCCL takes no two ranks of one machine on one GPU; ranks of different machines talk over sockets."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ.update(
+        NODE_RANK=str(rank),
+        LOCAL_RANK="0",
+        LOCAL_WORLD_SIZE="1",
+        CUDA_VISIBLE_DEVICES=visible.split(",")[gpu] if visible else str(gpu),
+        NCCL_HOSTID=f"rank-{rank}",
+        NCCL_NET="Socket",
+        NCCL_SOCKET_IFNAME="lo",
+    )
