@@ -168,18 +168,21 @@ def test_experts_in_one_kernel_compute_the_same(on_ranks, tmp_path):
     assert one_kernel == pytest.approx(one_by_one, rel=2e-3)
 
 
-def test_gradients_of_queries_keys_and_values_are_not_put_together():
-    from megatron.core.transformer import attention
+def test_gradients_of_queries_keys_and_values_are_not_put_together(on_ranks):
+    def is_where_it_was():
+        from megatron.core.transformer import attention
 
-    from modules.qkv_split import split_into_views
+        from modules.qkv_split import split_into_views
 
-    split_into_views()
-    mixed = torch.randn(4, 2, 24, device="cuda", requires_grad=True)
-    parts = attention.SplitAlongDim(mixed, 2, [8, 8, 8])
-    side_by_side = torch.randn_like(mixed)
-    (gradient,) = torch.autograd.grad(parts, mixed, side_by_side.split(8, dim=2))
-    assert torch.equal(gradient, side_by_side)
-    assert gradient.data_ptr() == side_by_side.data_ptr()
+        split_into_views()
+        mixed = torch.randn(4, 2, 24, device="cuda", requires_grad=True)
+        parts = attention.SplitAlongDim(mixed, 2, [8, 8, 8])
+        side_by_side = torch.randn_like(mixed)
+        (gradient,) = torch.autograd.grad(parts, mixed, side_by_side.split(8, dim=2))
+        assert torch.equal(gradient, side_by_side)
+        return gradient.data_ptr() == side_by_side.data_ptr()
+
+    assert on_ranks(is_where_it_was, 1) == [True]
 
 
 def sized_for_fp8(images, language, **changes):
