@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from tiny_runs import BATCH_SIZE, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from datamodules import collate
 from mimo_strategy import DistributedDataParallelConfig, MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
+from mimo_strategy.runtime.data_parallel import accumulate_in_kernels
 from mimo_strategy.testing import Reference, run_on_ranks
 
 OVERLAPPED = DistributedDataParallelConfig(
@@ -40,10 +42,22 @@ def reference(accelerator):
         pytest.param(APART, {"images": REDUCED_EARLY}, id="disjoint-encoder-without-shards"),
     ],
 )
-def test_training_is_that_of_one_process(require_ranks, reference, modules, ddp):
+def test_training_is_that_of_one_process(reference, modules, ddp):
     world_size = max(module.rank_offset + module.tp * module.dp for module in modules.values())
-    require_ranks(world_size)
     reference.assert_alike(MimoHeteroStrategy(modules, 2, ddp=ddp), world_size)
+
+
+def test_kernels_add_gradients_only_to_weights_that_are_trained():
+    """A kernel of Transformer Engine that adds to a buffer needs one, which frozen weights have not."""
+
+    def layer(is_trained):
+        layer = torch.nn.Linear(2, 2).requires_grad_(is_trained)
+        layer.fuse_wgrad_accumulation = False
+        return layer
+
+    layers = torch.nn.Sequential(layer(True), layer(False), torch.nn.Linear(2, 2))
+    accumulate_in_kernels(layers)
+    assert [getattr(each, "fuse_wgrad_accumulation", None) for each in layers] == [True, False, None]
 
 
 def test_settings_reach_the_module_that_they_name():
