@@ -39,7 +39,6 @@ from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.planning.memory import gibibytes
 from mimo_strategy.runtime import data_parallel
 from mimo_strategy.runtime.data_parallel import DistributedDataParallel
-from mimo_strategy.runtime.schedule import release_unused_bridges
 from mimo_strategy.testing import trainer_ranks
 from modules import MambaMoE, MambaMoEConfig, NemotronVLM, RadioConfig, fp8, layer_specs, transformer
 
@@ -313,7 +312,6 @@ def release(model: torch.nn.Module, optimizers: list[Any]) -> None:
 def forget_everything() -> None:
     """Give up what a loop held: process groups with their communicators, and memory."""
     gc.collect()
-    release_unused_bridges()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

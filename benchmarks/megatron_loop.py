@@ -15,6 +15,7 @@ from megatron.core.models.mimo.config.base_configs import MimoModelConfig
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -109,8 +110,10 @@ class MegatronLoop:
         self.optimizer.step()
 
     def destroy(self) -> None:
-        """Let go of what ``torch.distributed`` keeps for colocated modules; groups of grids go with the world's."""
+        """Let go of the groups of bridges; those of grids go with the world's."""
         self.model.destroy()
+        BridgeCommunicator.destroy_broadcast_pgs()
+        BridgeCommunicator.destroy_bridge_pgs()
 
     def _build(self, description: NemotronVLM) -> MimoModel:
         specs = {

@@ -232,7 +232,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             self._watchdog.start()
         self._take_over(self.lightning_module)
         if self.topology is None:
-            self.topology = Topology(self.layout)
+            self.topology = Topology(self.layout, self._timeout)
             self.lightning_module.build_context = BuildContext(
                 self.topology,
                 self.precision_plugin.dtype,

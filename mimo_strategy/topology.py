@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from unittest import mock
 
 import torch.distributed as dist
@@ -45,13 +46,17 @@ _EXPERT_FIELDS = {
 
 
 class ProcessGroups:
-    """The process groups of this process: one for each distinct set of ranks, however many grids ask for it.
+    """The process groups of this process: one for each distinct set of ranks, whoever asks for it.
 
     Creation is collective: every rank must ask for the same sets in the same order.
+
+    Args:
+        timeout: of their collectives; ``None`` is torch's own.
     """
 
-    def __init__(self) -> None:
-        self._by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
+        self._by_ranks = {tuple(range(dist.get_world_size())): dist.group.WORLD}
 
     def containing_me(self, rank_sets: Iterable[Iterable[int]]) -> dist.ProcessGroup | None:
         """Make the groups of all ``rank_sets`` and return the one that holds this rank, if any."""
@@ -59,7 +64,7 @@ class ProcessGroups:
         for ranks in rank_sets:
             key = tuple(sorted(ranks))
             if key not in self._by_ranks:
-                self._by_ranks[key] = dist.new_group(list(key))
+                self._by_ranks[key] = dist.new_group(list(key), timeout=self._timeout)
             if dist.get_rank() in key:
                 mine = self._by_ranks[key]
         return mine
@@ -67,16 +72,16 @@ class ProcessGroups:
     def destroy(self) -> None:
         """Destroy every group made here that this rank belongs to."""
         for ranks, group in self._by_ranks.items():
-            if dist.get_rank() in ranks:
+            if dist.get_rank() in ranks and group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         self._by_ranks.clear()
 
 
 class Grid(HyperCommGrid):
-    """``HyperCommGrid`` of one module, whose groups come from a shared :class:`ProcessGroups`."""
+    """``HyperCommGrid`` of one module, whose groups come from ``process_groups``, which all grids share."""
 
     def __init__(self, layout: ModuleLayout, process_groups: ProcessGroups) -> None:
-        self._process_groups = process_groups
+        self.process_groups = process_groups
         with _world_size_in_environment():
             super().__init__(
                 [layout.tp, layout.cp, layout.dp, layout.pp],
@@ -89,7 +94,7 @@ class Grid(HyperCommGrid):
         spec = self._resolve_view(view)
         ordered, _ = self._order_dims_for_view(spec, dims)
         key, _, _ = self._canonical_pg_key_and_enum_view(spec, ordered)
-        self._pgs[key] = self._process_groups.containing_me(self.get_rank_enum(dims, view=view))
+        self._pgs[key] = self.process_groups.containing_me(self.get_rank_enum(dims, view=view))
         return self._pgs[key]
 
 
@@ -137,6 +142,10 @@ class Topology:
     Creating one is collective over the world and needs an initialised ``torch.distributed``. No global parallel
     state of megatron-core is touched but its memory buffer.
 
+    Args:
+        layout: the resolved layout.
+        timeout: of collectives in the groups of modules and bridges; ``None`` is torch's own.
+
     Attributes:
         layout: the resolved layout.
         rank: this process's global rank.
@@ -144,14 +153,14 @@ class Topology:
         groups: process-group collection of the modules that run on this rank, by name.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, timeout: timedelta | None = None) -> None:
         if dist.get_world_size() != layout.world_size:
             raise ValueError(
                 f"the layout is for {layout.world_size} ranks, torch.distributed has {dist.get_world_size()}"
             )
         self.layout = layout
         self.rank = dist.get_rank()
-        self._process_groups = ProcessGroups()
+        self._process_groups = ProcessGroups(timeout)
         self.grids: dict[str, Grid] = {}
         self.groups: dict[str, ProcessGroupCollection] = {}
         for name, module in layout.modules.items():

@@ -4,9 +4,11 @@ import gc
 import os
 import threading
 import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, seed_everything
 from tiny_runs import Recorder, digits, make_trainer, vision_language
@@ -54,6 +56,33 @@ def test_trainers_one_after_another_leave_nothing_behind(layout, tmp_path):
         assert seen[1][0] == seen[0][0] > 1
         assert all(collected)
         assert files == []
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"images": P(dp=4), "language": P(tp=2)},
+        {"images": P(tp=2, dp=2), "language": P(dp=4)},
+        {"images": P(dp=2), "language": P(tp=2, dp=1, rank_offset=2)},
+        {"images": P(tp=2, dp=1), "language": P(dp=1, pp=2, rank_offset=2)},
+    ],
+    ids=["fan-in", "fan-out", "disjoint", "disjoint-pipelined"],
+)
+def test_one_group_for_each_set_of_ranks_that_waits_as_long_as_the_strategy_says(modules):
+    """Groups of bridges too, for which megatron-core makes some of its own."""
+    timeout = timedelta(minutes=3)
+
+    def run():
+        model = vision_language("*E")
+        make_trainer(MimoHeteroStrategy(modules, timeout=timeout), max_steps=1).fit(model, data())
+        own = [group for group in _world.pg_map if group is not dist.group.WORLD]
+        ranks = [tuple(dist.get_process_group_ranks(group)) for group in own]
+        return sorted(ranks), {group._get_backend(torch.device("cpu")).options._timeout for group in own}
+
+    for ranks, timeouts in run_on_ranks(run, 4):
+        assert len(set(ranks)) == len(ranks)
+        assert (0, 1, 2, 3) not in ranks
+        assert timeouts == {timeout}
 
 
 def test_two_models_that_live_on_are_used_in_turn():

@@ -116,11 +116,12 @@ def test_one_group_for_each_set_of_ranks(layout):
         members = [g for collection in topology.groups.values() for g in vars(collection).values() if g is not None]
         distinct_objects = {id(group) for group in members}
         distinct_ranks = {tuple(ranks_of(group)) for group in members}
-        made = len(distributed_c10d._world.pg_map) - 1
-        return len(distinct_objects), len(distinct_ranks), made, len(members)
+        made = [tuple(ranks_of(group)) for group in distributed_c10d._world.pg_map]
+        return distinct_objects, distinct_ranks, made, len(members)
 
     for objects, ranks, made, members in run_on_ranks(groups, layout.world_size):
-        assert objects == ranks == made < members
+        assert len(objects) == len(ranks) < members
+        assert sorted(made) == sorted(ranks | {tuple(range(layout.world_size))})
 
 
 @pytest.mark.parametrize("layout", ["colocated", "apart-pipelined"], indirect=True)

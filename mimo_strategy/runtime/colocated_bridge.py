@@ -1,19 +1,30 @@
 """Bring an encoder's tokens from its lanes to the language model's, on ranks that run both."""
 
+from unittest import mock
+
 import torch
 import torch.distributed as dist
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.models.mimo.comm import colocated_communicator
+
+from mimo_strategy.topology import Grid
 
 
-class ColocatedBridge(ColocatedBridgeCommunicator):
+class ColocatedBridge(colocated_communicator.ColocatedBridgeCommunicator):
     """``ColocatedBridgeCommunicator`` for lanes that differ in tokens, some of which may have none.
 
     megatron-core 0.19.2 takes every sample to have as many tokens: it gathers and cuts lanes in equal parts, and hangs
     or mixes up samples where they are not. Here both sides know the parts.
 
     What is gathered takes the memory of the language lane's tokens (fan-in), or of the gradient of the encoder lane's
-    (fan-out), and nothing beside it.
+    (fan-out), and nothing beside it. megatron-core also makes communicators of its own for ranks that have one.
     """
+
+    def __init__(self, src_grid: Grid, *args, **kwargs) -> None:
+        def shared(rank_sets, **_):
+            return src_grid.process_groups.containing_me(rank_sets), rank_sets
+
+        with mock.patch.object(colocated_communicator.dist, "new_subgroups_by_enumeration", shared):
+            super().__init__(src_grid, *args, **kwargs)
 
     def communicate(self, tokens: torch.Tensor, parts: list[int]) -> torch.Tensor:
         """Turn the tokens of this rank's encoder lane into those of its language lane.

@@ -30,7 +30,8 @@ class PipelineBridge(BridgeCommunicator):
     megatron-core 0.19.2 sends the shape of everything before it, and reads it, and reads sums of the tensors for
     messages that are not printed: for each of these the host waits for the device, which then runs dry. It waits until
     what it sends has arrived. And it cuts the gradient of what a language lane got from several encoder lanes (fan-in)
-    in equal parts, though they may have sent different numbers of tokens, and returns one to frozen encoders too.
+    in equal parts, though they may have sent different numbers of tokens, and returns one to frozen encoders too. Its
+    communicators are its own, also for ranks that have one, and stay when the model has gone.
 
     Here numbers of tokens are exchanged once a step, and sending waits for nobody. Both sides keep one order, as NCCL
     needs it: where an encoder sends tokens and gets a gradient, the language model asks for the tokens first.
@@ -105,6 +106,14 @@ class PipelineBridge(BridgeCommunicator):
     def send_backward_recv_forward(self, grad_tensor: torch.Tensor, forward_shape: None = None) -> torch.Tensor:
         self._ask(self._cut(grad_tensor, self._backward) if self.returns_gradients else ())
         return self._take()
+
+    @override
+    def _get_or_create_broadcast_pg(self, ranks_list: list[list[int]]) -> dist.ProcessGroup | None:
+        return self.src_grid.process_groups.containing_me(ranks_list)
+
+    @override
+    def _get_or_create_bridge_pg(self, ranks: list[int]) -> dist.ProcessGroup | None:
+        return self.src_grid.process_groups.containing_me([ranks])
 
     def _agree_on(self, parts: list[Parts]) -> None:
         by_peer = [list(numbers) for numbers in zip(*parts, strict=True)]

@@ -21,14 +21,14 @@ from mimo_strategy.runtime.layer_graphs import LayerGraphs
 from mimo_strategy.runtime.loss import LossOutput
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.optimizer import HeteroOptimizer, build_optimizer
-from mimo_strategy.runtime.schedule import Schedule, release_unused_bridges
+from mimo_strategy.runtime.schedule import Schedule
 from mimo_strategy.runtime.step_sums import Reported, StepSums
 from mimo_strategy.step_batch import Batch, StepShare, gather_lanes
 from mimo_strategy.topology import Topology
 
 _alive: "weakref.WeakSet[MimoRuntime]" = weakref.WeakSet()
-# what holds groups of models that were collected
-_abandoned: list[Any] = []
+# of models that were collected
+_abandoned: list[Topology] = []
 
 
 def release_abandoned() -> None:
@@ -37,7 +37,6 @@ def release_abandoned() -> None:
         gc.collect()
     while _abandoned:
         _abandoned.pop().destroy()
-    release_unused_bridges()
 
 
 class MimoRuntime:
@@ -103,8 +102,7 @@ class MimoRuntime:
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
         _alive.add(self)
-        groups = (topology, *model.colocated_comms.values())
-        self._abandon = weakref.finalize(model, _abandoned.extend, groups)
+        self._abandon = weakref.finalize(model, _abandoned.append, topology)
         self._abandon.atexit = False
 
     @property
@@ -307,8 +305,6 @@ class MimoRuntime:
         self._abandon.detach()
         _alive.discard(self)
         self.cuda_graphs = False
-        self._schedule.destroy()
-        self.model.destroy()
         self.topology.destroy()
 
 

@@ -1,18 +1,15 @@
 """Run a step's microbatches forward and backward, in the schedule that the layout needs."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_without_interleaving,
 )
 
-from mimo_strategy.agreement import of_every_rank
 from mimo_strategy.layout import LANGUAGE, Placement
 from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.runtime.pipeline_bridge import PipelineCommunicator
@@ -37,7 +34,6 @@ class Schedule:
             topology.layout.placement is Placement.NON_COLOCATED or topology.layout.modules[LANGUAGE].pp > 1
         )
         if self.is_pipelined:
-            _pipelined.add(self)
             self._communicator = PipelineCommunicator(topology, model)
             self._forward_backward = partial(
                 forward_backward_pipelining_without_interleaving,
@@ -77,7 +73,7 @@ class Schedule:
             data_iterator=iter(microbatches),
             model=self._model,
             num_microbatches=len(microbatches),
-            # Unused: shapes are exchanged with the tensors, as modules differ in them.
+            # Unused: stages exchange shapes with the tensors, and bridges know them.
             seq_length=0,
             micro_batch_size=0,
             forward_only=forward_only,
@@ -86,21 +82,3 @@ class Schedule:
         if self.is_pipelined:
             self._communicator.end_step()
         return results
-
-    def destroy(self) -> None:
-        """Give up the groups of the bridges, which megatron-core keeps by class, for all schedules alike."""
-        _pipelined.discard(self)
-        release_unused_bridges()
-
-
-_pipelined: "weakref.WeakSet[Schedule]" = weakref.WeakSet()
-
-
-def release_unused_bridges() -> None:
-    """Destroy the groups of bridges if no rank has a pipeline left that could use them; collective over the world.
-
-    All ranks must do so or none, as megatron-core makes only those groups again that it does not have.
-    """
-    if not any(of_every_rank(bool(_pipelined))):
-        BridgeCommunicator.destroy_broadcast_pgs()
-        BridgeCommunicator.destroy_bridge_pgs()
