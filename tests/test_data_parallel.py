@@ -12,7 +12,7 @@ from datamodules import collate
 from mimo_strategy import DistributedDataParallelConfig, MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.runtime.data_parallel import accumulate_in_kernels
-from mimo_strategy.testing import Reference, run_on_ranks
+from mimo_strategy.testing import RankError, Reference, run_on_ranks
 
 OVERLAPPED = DistributedDataParallelConfig(
     use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=20_000
@@ -58,6 +58,27 @@ def test_kernels_add_gradients_only_to_weights_that_are_trained():
     layers = torch.nn.Sequential(layer(True), layer(False), torch.nn.Linear(2, 2))
     accumulate_in_kernels(layers)
     assert [getattr(each, "fuse_wgrad_accumulation", None) for each in layers] == [True, False, None]
+
+
+@pytest.mark.parametrize("module", ["images", "language"])
+def test_a_parameter_without_gradient_is_named_where_gradients_are_reduced_early(module):
+    def run():
+        model = vision_language("*")
+        configure = model.configure_model
+
+        def with_another_parameter():
+            configure()
+            part = model.model.own_modules()[module]
+            if not hasattr(part, "unused"):
+                part.unused = torch.nn.Linear(2, 2)
+
+        model.configure_model = with_another_parameter
+        strategy = MimoHeteroStrategy({"images": P(dp=2), "language": P(dp=2)}, 2, ddp=REDUCED_EARLY)
+        make_trainer(strategy, max_steps=2).fit(model, make_data())
+
+    message = rf"no gradient came for trainable parameters of {module}, .*: unused.weight, unused.bias\. Use"
+    with pytest.raises(RankError, match=message):
+        run_on_ranks(run, 2, timeout=60)
 
 
 def test_settings_reach_the_module_that_they_name():
