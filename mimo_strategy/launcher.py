@@ -7,24 +7,22 @@ from typing import Any, NoReturn, override
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from mimo_strategy.checkpoint.directory import newest_whole
 from mimo_strategy.failures import print_causes_once
 from mimo_strategy.frame_stack import call_with_room
-from mimo_strategy.lightning_private import SubprocessScriptLauncher
+from mimo_strategy.lightning_private import SubprocessScriptLauncher, checkpoint_patterns
 
 
 class CheckingLauncher(SubprocessScriptLauncher):
     """Runs ``check(trainer, model, *data)`` before any other process starts, so that what cannot work is reported once.
 
     ``data`` are the DataLoaders and the LightningDataModule that the Trainer was given. Where it was given the
-    checkpoint path ``last``, ``last_checkpoint(trainer)`` takes its place if there is one.
+    checkpoint path ``last``, the newest whole one takes its place; Lightning would take a damaged one too.
     """
 
-    def __init__(
-        self, check: Callable[..., None], last_checkpoint: Callable[[Trainer], str | None], *args: Any
-    ) -> None:
+    def __init__(self, check: Callable[..., None], *args: Any) -> None:
         super().__init__(*args)
         self._check = check
-        self._last_checkpoint = last_checkpoint
 
     @property
     @override
@@ -38,9 +36,7 @@ class CheckingLauncher(SubprocessScriptLauncher):
             self._check(trainer, *args)
             if self.cluster_environment.creates_processes_externally:
                 print_causes_once()
-        args = [
-            (self._last_checkpoint(trainer) or arg) if isinstance(arg, str) and arg == "last" else arg for arg in args
-        ]
+        args = [_last_checkpoint(trainer) if isinstance(arg, str) and arg == "last" else arg for arg in args]
         try:
             return super().launch(call_with_room, function, *args, trainer=trainer, **kwargs)
         except SIGTERMException as ended:
@@ -52,6 +48,11 @@ class CheckingLauncher(SubprocessScriptLauncher):
     def _call_children_scripts(self) -> None:
         super()._call_children_scripts()
         print_causes_once(self.procs)
+
+
+def _last_checkpoint(trainer: Trainer) -> str:
+    found = newest_whole(checkpoint_patterns(trainer))
+    return str(found) if found else "last"
 
 
 def refuse_launcher(start_method: str) -> NoReturn:

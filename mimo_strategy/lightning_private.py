@@ -1,5 +1,6 @@
-"""What this package takes of Lightning's private names, in one place, so that a new release is checked here first."""
+"""The private names of Lightning that this package imports, in one place: a new release is checked here first."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ __all__ = [
     "NoOptimizer",
     "SubprocessScriptLauncher",
     "begin_next_epoch",
-    "checkpoint_folders",
+    "checkpoint_patterns",
     "init_dist_connection",
     "inner_sampler",
     "logging_as",
@@ -52,8 +53,12 @@ def begin_next_epoch(trainer: Trainer) -> None:
     loop.reset_restart_stage()
 
 
-def checkpoint_folders(trainer: Trainer) -> set[Path]:
-    """Where the Trainer's callbacks keep their checkpoints, and kept those of earlier versions of the logger's run."""
+def checkpoint_patterns(trainer: Trainer) -> set[Path]:
+    """Names of the checkpoints that a run may go on from, ``folder/*.ckpt``.
+
+    The Trainer's callbacks keep them, or kept them for earlier versions of the logger's run. In a job that Slurm has
+    queued again there may also be what was saved when it was told to end.
+    """
     folders = set()
     for callback in trainer.callbacks:
         if isinstance(callback, OnExceptionCheckpoint):
@@ -63,7 +68,10 @@ def checkpoint_folders(trainer: Trainer) -> set[Path]:
             folders.add(folder)
             if folder.parent.name.startswith("version_"):
                 folders |= set(folder.parent.parent.glob(f"version_*/{folder.name}"))
-    return folders
+    patterns = {folder / "*.ckpt" for folder in folders}
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        patterns.add(Path(trainer.default_root_dir) / "hpc_ckpt_*.ckpt")
+    return patterns
 
 
 def inner_sampler(sampler: Any) -> Any:

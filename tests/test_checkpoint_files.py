@@ -280,7 +280,7 @@ def test_killed_at_any_call_either_the_old_or_the_new_one_is_there(tmp_path, exi
         if exists:
             make(path, "old")
         killed = killed_at_call(number, lambda path=path: make(path, "new"))
-        newest = newest_whole([folder])
+        newest = newest_whole([folder / "*.ckpt"])
         found.add(content_of(newest))
         if newest.name != "other.ckpt":
             assert content_of(path) == content_of(newest)
@@ -300,7 +300,7 @@ def test_a_checkpoint_killed_while_it_is_removed_is_not_found(tmp_path):
         make(path, "old")
         if not killed_at_call(number, lambda path=path: remove(path)):
             break
-        assert newest_whole([path.parent]) in (path, None)
+        assert newest_whole([path.parent / "*.ckpt"]) in (path, None)
     assert not path.exists()
     assert number > 2
 
@@ -322,13 +322,13 @@ def test_the_newest_whole_one_is_found(tmp_path):
     for name in ("a.ckpt", "b.ckpt", "c.ckpt"):
         make(tmp_path / name, name)
     (tmp_path / "d.ckpt").mkdir()
-    assert newest_whole([tmp_path]) == tmp_path / "c.ckpt"
+    assert newest_whole([tmp_path / "*.ckpt"]) == tmp_path / "c.ckpt"
     truncate(tmp_path / "c.ckpt" / "content")
-    assert newest_whole([tmp_path]) == tmp_path / "b.ckpt"
+    assert newest_whole([tmp_path / "*.ckpt"]) == tmp_path / "b.ckpt"
     truncate(tmp_path / "b.ckpt" / MANIFEST)
-    assert newest_whole([tmp_path]) == tmp_path / "a.ckpt"
+    assert newest_whole([tmp_path / "*.ckpt"]) == tmp_path / "a.ckpt"
     (tmp_path / "a.ckpt" / "content").unlink()
-    assert newest_whole([tmp_path]) is None
+    assert newest_whole([tmp_path / "*.ckpt"]) is None
     assert json.loads((tmp_path / "c.ckpt" / MANIFEST).read_text())["files"].keys() == {"content"}
 
 

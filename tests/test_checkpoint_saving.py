@@ -219,6 +219,21 @@ def test_last_is_found_in_earlier_versions_of_a_run(tmp_path):
     assert [run_on_ranks(run, 1, last)[0] for last in (2, 3, 5)] == [(2, 0), (1, 1), (2, 2)]
 
 
+def test_last_is_what_a_signal_saved_where_slurm_queued_the_job_again(tmp_path, monkeypatch):
+    def run(last):
+        keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=2, save_top_k=-1)
+        on_signal = ModelCheckpoint(tmp_path, "hpc_ckpt_1", every_n_train_steps=3)
+        callbacks = (keep, on_signal) if last == 3 else (keep,)
+        return len(fit(strategy(), last, "last", callbacks=callbacks, default_root_dir=tmp_path).losses)
+
+    assert run_on_ranks(run, 1, 3) == [3]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert run_on_ranks(run, 1, 5) == [3]
+    (tmp_path / "kept" / "step=4.ckpt" / MANIFEST).unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_on_ranks(run, 1, 5) == [2]
+
+
 def test_without_a_whole_one_last_says_what_is_wrong(tmp_path):
     def run():
         keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=0, save_last=True)

@@ -85,12 +85,12 @@ def located(directory: Path) -> Path:
     return replaced if replaced.exists() and not directory.exists() else directory
 
 
-def newest_whole(folders: Iterable[Path]) -> Path | None:
-    """The checkpoint that was saved last, among those in the folders that are whole."""
+def newest_whole(patterns: Iterable[Path]) -> Path | None:
+    """The checkpoint that was saved last, among those that are whole and whose names match: ``folder/*.ckpt``."""
     found = {
-        located(folder / path.name)
-        for folder in folders
-        for path in (*folder.glob(f"*{_SUFFIX}"), *folder.glob(f"{_REPLACED}/*{_SUFFIX}"))
+        located(pattern.parent / path.name)
+        for pattern in patterns
+        for path in (*pattern.parent.glob(pattern.name), *_replaced(pattern).parent.glob(pattern.name))
     }
     return max(filter(is_whole, found), key=lambda path: read_manifest(path)["saved"], default=None)
 
