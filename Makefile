@@ -21,8 +21,9 @@ help: ## show this list
 setup: ## make the virtual environment VENV (.venv) and install everything; PYTHON= names the interpreter
 	@scripts/setup.sh
 
-train: known-layout setup ## train the example; LAYOUT=non_colocated (default) or colocated, NAME= names the run
-	$(VENV_PYTHON) examples/train_digits.py --layout $(LAYOUT) $(if $(NAME),--name "$(NAME)")
+# On GPUs it would take four, and kernels that setup does not install.
+train: known-layout setup ## train the example on CPUs; LAYOUT=non_colocated (default) or colocated, NAME= names the run
+	CUDA_VISIBLE_DEVICES= $(VENV_PYTHON) examples/train_digits.py --layout $(LAYOUT) $(if $(NAME),--name "$(NAME)")
 
 test: setup ## run the tests
 	$(VENV_PYTHON) -m pytest -q

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
+    Checkpoint,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
@@ -36,7 +39,7 @@ _CALLBACKS = {
     WeightAveraging: "it copies the model before its modules are built, and a rank holds shards only",
     BatchSizeFinder: "a batch_size must be a multiple of lanes x microbatches: try sizes in runs of their own",
     LearningRateFinder: "it saves and restores a checkpoint file: try learning rates in runs of their own",
-    BaseFinetuning: "parameters are sorted into megatron-core's buffers once: set requires_grad in module_spec",
+    BaseFinetuning: "parameters are sorted into megatron-core's buffers once: set requires_grad in configure_model",
     ModelPruning: "it masks whole weights, of which every rank holds a shard",
     SpikeDetection: "it looks at a rank's own loss: monitor train_loss, which all ranks share",
     ThroughputMonitor: "it counts a rank's samples times the world size: use mimo_strategy.callbacks.Throughput",
@@ -105,12 +108,9 @@ def _check_ddp_config(key: str, ddp: Any) -> None:
         value = getattr(ddp, setting)
         if value != valid:
             raise ValueError(f"ddp{key}.{setting}={value!r} is not supported, only {valid!r}: {why}")
-    for setting, needed in (
-        ("overlap_param_gather", "use_distributed_optimizer"),
-        ("overlap_param_gather", "overlap_grad_reduce"),
-    ):
-        if getattr(ddp, setting) and not getattr(ddp, needed):
-            raise ValueError(f"ddp{key}.{setting}=True needs ddp{key}.{needed}=True, got {getattr(ddp, needed)}")
+    for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if ddp.overlap_param_gather and not getattr(ddp, needed):
+            raise ValueError(f"ddp{key}.overlap_param_gather=True needs ddp{key}.{needed}=True, got False")
 
 
 def _check_time(name: str, value: Any) -> None:
@@ -150,6 +150,34 @@ def check_trainer(trainer: Trainer) -> None:
         for refused, why in _CALLBACKS.items():
             if isinstance(callback, refused):
                 raise ValueError(f"the callback {type(callback).__name__} does not work here: {why}")
+        if isinstance(callback, Checkpoint):
+            check_checkpoint_path(getattr(callback, "dirpath", None) or trainer.default_root_dir)
+
+
+def check_checkpoint_path(path: str | Path) -> None:
+    """Check where a checkpoint is to be kept.
+
+    Raises:
+        ValueError: if that is no folder of a file system.
+    """
+    if "://" in str(path):
+        raise ValueError(
+            f"checkpoints cannot be kept at {path}: they are folders to which every rank writes its part, on a file "
+            "system that all nodes share"
+        )
+
+
+def check_device(device: torch.device) -> None:
+    """Check that megatron-core was made ready for the Trainer's device.
+
+    Raises:
+        ValueError: for CPUs in a process that sees GPUs.
+    """
+    if device.type == "cpu" and torch.cuda.is_available():
+        raise ValueError(
+            "this process sees GPUs, for which megatron-core was made ready as it was imported: to train on CPUs, "
+            "start it with CUDA_VISIBLE_DEVICES= (empty)"
+        )
 
 
 def check_module(module: LightningModule) -> None:

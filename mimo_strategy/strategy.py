@@ -26,14 +26,16 @@ from torch.distributed import ReduceOp
 
 from mimo_strategy import agreement
 from mimo_strategy.callbacks.summary import show_all_modules
-from mimo_strategy.checkpoint.directory import newest_whole, remove
+from mimo_strategy.checkpoint.directory import remove
 from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
 from mimo_strategy.checks import (
     check_arguments,
+    check_checkpoint_path,
     check_cuda_graphs,
     check_data,
     check_ddp,
+    check_device,
     check_encoder_scheduling,
     check_module,
     check_optimizers,
@@ -46,7 +48,6 @@ from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleParallel
 from mimo_strategy.lightning_private import (
     IS_INTERACTIVE,
     begin_next_epoch,
-    checkpoint_folders,
     init_dist_connection,
     set_up_loaders_anew,
 )
@@ -181,9 +182,7 @@ class MimoHeteroStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         if IS_INTERACTIVE and self.num_processes * self.num_nodes > 1:
             refuse_launcher("a notebook or interactive session")
-        self._launcher = CheckingLauncher(
-            self.check, _last_checkpoint, self.cluster_environment, self.num_processes, self.num_nodes
-        )
+        self._launcher = CheckingLauncher(self.check, self.cluster_environment, self.num_processes, self.num_nodes)
 
     def check(self, trainer: Trainer, model: LightningModule, *data: Any) -> None:
         """Refuse what cannot work, and set the layout; the Trainer's verbs do so before any other process is started.
@@ -198,6 +197,7 @@ class MimoHeteroStrategy(ParallelStrategy):
             TypeError: for a model, data or settings of the wrong type.
             ValueError: for flags, callbacks or batch sizes that cannot work.
         """
+        check_device(self.root_device)
         check_trainer(trainer)
         check_module(model)
         if trainer.state.fn == TrainerFn.PREDICTING:
@@ -402,6 +402,7 @@ class MimoHeteroStrategy(ParallelStrategy):
     ) -> None:
         if storage_options is not None:
             raise TypeError("MimoHeteroStrategy writes checkpoints itself and takes no storage_options")
+        check_checkpoint_path(filepath)
         trainer = self.lightning_module.trainer
         writer = self._checkpoint_writer()
         if trainer.interrupted:
@@ -542,9 +543,3 @@ class MimoHeteroStrategy(ParallelStrategy):
             self._hides_from_collector = False
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-
-
-def _last_checkpoint(trainer: Trainer) -> str | None:
-    """The newest whole checkpoint where the Trainer's callbacks keep theirs; Lightning would take a damaged one too."""
-    found = newest_whole(checkpoint_folders(trainer))
-    return str(found) if found else None

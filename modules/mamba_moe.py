@@ -1,6 +1,7 @@
 """A hybrid language model of Mamba-2, attention, MLP and mixture-of-experts layers."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -305,6 +306,11 @@ class MambaMoE(MimoModule):
         check_tokens(batch, self.config.vocab_size, self.config.max_sequence_length)
 
     def check_machine(self, dtype: torch.dtype) -> None:
+        if "M" in self.config.layers and torch.cuda.is_available() and find_spec("mamba_ssm") is None:
+            raise ValueError(
+                "on GPUs the Mamba layers (M) need mamba-ssm and causal-conv1d, which are not installed: see "
+                "docs/clusters.md, or start with CUDA_VISIBLE_DEVICES= (empty) to train on CPUs"
+            )
         if self.config.fp8:
             fp8.check_machine(dtype)
 

@@ -65,6 +65,40 @@ def fit(modules: dict[str, P], callbacks: list[Callback] | None = None, **flags:
     return trainer, events
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"default_root_dir": "memory://runs", "callbacks": [ModelCheckpoint()]},
+        {"callbacks": [ModelCheckpoint("memory://kept")]},
+    ],
+    ids=["root", "callback"],
+)
+def test_checkpoints_on_object_stores_are_refused(where):
+    strategy = MimoHeteroStrategy()
+    trainer = make_trainer(strategy, enable_checkpointing=True, **where)
+    with pytest.raises(ValueError, match=r"checkpoints cannot be kept at (memory://runs|memory://kept): they"):
+        strategy.check(trainer, vision_language("*"))
+    with pytest.raises(ValueError, match=r"checkpoints cannot be kept at s3://bucket/by-hand"):
+        strategy.save_checkpoint({}, "s3://bucket/by-hand")
+
+
+def test_a_trainer_on_cpus_is_refused_where_megatron_core_is_ready_for_gpus(monkeypatch):
+    strategy = MimoHeteroStrategy()
+    trainer = make_trainer(strategy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"this process sees GPUs, .* start it with CUDA_VISIBLE_DEVICES= \(empty\)"):
+        strategy.check(trainer, vision_language("*"))
+
+
+def test_mamba_layers_are_refused_on_gpus_without_their_kernels(monkeypatch):
+    model = vision_language("M*")
+    model.check_machine(torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    vision_language("*").check_machine(torch.float32)
+    with pytest.raises(ValueError, match=r"the Mamba layers \(M\) need mamba-ssm and causal-conv1d, which are"):
+        model.check_machine(torch.float32)
+
+
 def test_how_long_and_how_often(modules):
     def run():
         results = {}
