@@ -176,9 +176,7 @@ def _load_scans() -> tuple[Tensor, list[int]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "DigitsDataModule reads scikit-learn's digits: pip install 'mimo-strategy[examples]'"
-        ) from error
+        raise ImportError("DigitsDataModule reads scikit-learn's digits: pip install scikit-learn") from error
     bunch = load_digits()
     return torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1), bunch.target.tolist()
 

@@ -368,7 +368,7 @@ def test_digits_reject_what_cannot_work(overrides, message):
         DigitsDataModule(**{"batch_size": 4} | overrides)
 
 
-def test_digits_name_the_extra_that_brings_scikit_learn(monkeypatch):
+def test_digits_say_how_to_install_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"mimo-strategy\[examples\]"):
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
         DigitsDataModule(batch_size=4)
