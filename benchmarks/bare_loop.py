@@ -39,7 +39,6 @@ class BareLoop:
         wrap_modules(self._model, self._topology, ddp, torch.float32)
         self._schedule = Schedule(self._model, self._topology)
         self._model.config.finalize_model_grads_func = self._finalize
-        self._model.config.grad_scale_func = _unscaled
         configs = dict.fromkeys(self._topology.grids, config)
         self._optimizer = build_optimizer(self._model, self._topology, configs, ddp, torch.float32)
         self._share = StepShare(layout, dist.get_rank(), num_microbatches)
@@ -50,7 +49,7 @@ class BareLoop:
         batch = {**batch, **count_items(batch, token_ids, self._share.elsewhere)}
         self._loss = torch.zeros(2)
         self._model.zero_grad_buffer()
-        parts = self._share.bridge_parts(batch, token_ids)
+        parts = self._share.bridge_parts(batch)
         self._schedule.run(self._forward, list(zip(self._share.microbatches(batch), parts, strict=True)))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -71,7 +70,3 @@ class BareLoop:
     def _finalize(self, *_: Any, **__: Any) -> None:
         dist.all_reduce(self._loss)
         finalize_gradients(self._model, self._topology, self._loss[1])
-
-
-def _unscaled(loss: torch.Tensor) -> torch.Tensor:
-    return loss

@@ -158,7 +158,6 @@ class MegatronLoop:
     def _configure(self) -> None:
         config = self.model.config
         config.finalize_model_grads_func = self._finalize
-        config.grad_scale_func = _unscaled
         config.no_sync_func = self.model.no_sync
 
     def _schedule(self) -> Any:
@@ -253,7 +252,3 @@ def _groups(grid: HyperCommGrid) -> ProcessGroupCollection:
 def _loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
     total = (output.float() * mask).sum()
     return total, mask.sum().int(), {"loss": total.detach()}
-
-
-def _unscaled(loss: torch.Tensor) -> torch.Tensor:
-    return loss

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from mimo_strategy.layout import LANGUAGE
@@ -15,6 +16,7 @@ from mimo_strategy.step_batch import Batch
 
 if TYPE_CHECKING:
     from mimo_strategy.module import MimoModule
+    from mimo_strategy.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class _Rows:
         """Rows of the whole step batch, from every rank's share."""
         if self._runtime is None:
             return share
-        return self._runtime.gather_lanes(self._runtime.share.language_rows(share))
+        return self._gather(self._runtime.share.language_rows(share))
 
     def of_rank(self, step_batch: torch.Tensor) -> torch.Tensor:
         """This rank's share of the whole step batch."""
@@ -204,9 +206,31 @@ class _Rows:
             if draws is not None:
                 draws = self._runtime.share.language_rows(self.of_rank(draws))
             lane = self._choose(whole, sampling, draws)
-        return self._runtime.gather_lanes(lane)
+        return self._gather(lane)
+
+    def _gather(self, lane: torch.Tensor) -> torch.Tensor:
+        return gather_lanes(lane, self._runtime.topology, self._runtime.num_microbatches)
 
     def _choose(self, scores: torch.Tensor, sampling: Sampling | None, draws: torch.Tensor | None) -> torch.Tensor:
         """A token of each row, among those that stand for themselves and not for an encoder's item."""
         scores[:, list(self._module.special_token_ids.values())] = -torch.inf
         return scores.argmax(dim=-1) if sampling is None else sampling.choose(scores, draws)
+
+
+def gather_lanes(values: torch.Tensor, topology: Topology, num_microbatches: int) -> torch.Tensor:
+    """Put together what the language model's lanes hold, on every rank; collective over the world.
+
+    Args:
+        values: ``[samples of one lane, ...]``, microbatch by microbatch. Only those of the language model's last
+            stage count, but shape and dtype must be the same on all ranks.
+        topology: groups of the modules.
+        num_microbatches: microbatches per step.
+
+    Returns:
+        ``[samples of the step batch, ...]`` in the order of the step batch.
+    """
+    lanes = values.new_empty((topology.layout.modules[LANGUAGE].dp, *values.shape))
+    if topology.runs(LANGUAGE):
+        dist.all_gather(list(lanes.unbind(0)), values.contiguous(), group=topology.groups[LANGUAGE].dp)
+    dist.broadcast(lanes, src=topology.layout.first_of_last_stage)
+    return lanes.unflatten(1, (num_microbatches, -1)).transpose(0, 1).flatten(0, 2)

@@ -26,10 +26,9 @@ from mimo_strategy.lightning_private import logging_as
 from mimo_strategy.optimizer import ModuleOptimizer, check_optimizer_config, plain_adamw
 from mimo_strategy.planning.cost import CostUnknown, ModuleCost, Workload
 from mimo_strategy.prediction import Prediction, find_decoder, predict_own
-from mimo_strategy.runtime.encoder_batching import EncoderInputs
 from mimo_strategy.runtime.gradients import balance_experts, hold_frozen_routers
 from mimo_strategy.runtime.loss import LossOutput
-from mimo_strategy.runtime.model import HeteroMimoModel, build_model
+from mimo_strategy.runtime.model import EncoderInputs, HeteroMimoModel, build_model
 from mimo_strategy.runtime.runtime import MimoRuntime
 from mimo_strategy.step_batch import Batch, count_items, is_counted
 from mimo_strategy.topology import Topology
@@ -234,13 +233,11 @@ class MimoModule(LightningModule):
             Per-token losses ``[samples, sequence]`` if ``labels`` are given, otherwise logits; on ranks of other
             stages what the next stage takes.
         """
-        inputs = self.inputs_of_encoders(batch) if self.model.encoded is None else EncoderInputs({}, ())
         output, _ = self.model(
             batch["input_ids"],
             position_ids=torch.arange(batch["input_ids"].shape[1], device=self.device).expand_as(batch["input_ids"]),
             labels=labels,
-            modality_inputs=inputs.by_name,
-            blank=inputs.blank,
+            modality_inputs=self.inputs_of_encoders(batch) if self.model.encoded is None else None,
         )
         return output
 
@@ -322,13 +319,17 @@ class MimoModule(LightningModule):
             super().log(name, value, *args, **settings)
 
     def _log_step(self) -> None:
+        # the step is counted later
+        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
         with logging_as(self, "on_train_batch_end"):
-            self._log_reported(training=True)
+            self._log_reported(training=True, details=is_logged)
+            if is_logged:
+                for name, value in self.optimizers(use_pl_optimizer=False).last_step().items():
+                    self.log(name, value, batch_size=1)
 
-    def _log_reported(self, *, training: bool) -> None:
+    def _log_reported(self, *, training: bool, details: bool = False) -> None:
         if not self.runtime.report():
             return
-        details = training and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
         for call in metrics.calls(self, self.runtime.reported, details=details):
             # weights matter to the mean of an epoch only; to read one waits for the device
             weighted = not training or call.settings.get("on_epoch")
@@ -344,14 +345,6 @@ class MimoModule(LightningModule):
         # the epoch's mean is weighted by tokens
         self.log("val_loss", loss.mean, prog_bar=True, batch_size=int(loss.count), sync_dist=True)
         return loss.mean
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        # the step has been counted
-        is_logged = self.trainer.global_step % self.trainer.log_every_n_steps == 0
-        if is_logged and isinstance(optimizer, ModuleOptimizer):
-            for name, value in optimizer.last_step().items():
-                self.log(name, value, batch_size=1)
 
     def generate(self, batch: Batch, *, end_token_id: int, **settings: Any) -> Generation:
         """Continue every sample's prompt; see :func:`.generation.generate` for ``settings``."""

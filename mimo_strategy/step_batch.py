@@ -12,16 +12,26 @@ concatenate and split lanes in that order.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from mimo_strategy.batch_checks import check_number
 from mimo_strategy.layout import LANGUAGE, Layout
-from mimo_strategy.topology import Topology
 
 Batch = dict[str, Any]
+
+
+class Microbatch(NamedTuple):
+    """A microbatch of a rank.
+
+    Attributes:
+        batch: its samples.
+        bridge_parts: tokens that cross the bridge, see :meth:`StepShare.bridge_parts`.
+    """
+
+    batch: Batch
+    bridge_parts: Mapping[str, list[int]]
 
 
 class StepShare:
@@ -91,15 +101,14 @@ class StepShare:
         lanes_loaded = dp // self.num_lanes
         return values.unflatten(0, (self._num_microbatches, lanes_loaded, -1))[:, lane % lanes_loaded].flatten(0, 1)
 
-    def bridge_parts(self, batch: Batch, special_token_ids: Mapping[str, int]) -> list[dict[str, list[int]]]:
-        """How many tokens this rank's encoders and its language model exchange, counted in ``input_ids``.
+    def bridge_parts(self, batch: Batch) -> list[dict[str, list[int]]]:
+        """How many tokens this rank's encoders and its language model exchange.
 
         Each lane of the module with fewer lanes is bridged to several of the other's. In parts: the tokens of these.
         A rank that runs only the module with more lanes has one part, its own.
 
         Args:
-            batch: what this rank loaded; where it has been counted, the counts are taken.
-            special_token_ids: by encoder, the token that holds the place of its tokens.
+            batch: what this rank loaded, with what :func:`count_items` counted of it.
 
         Returns:
             By microbatch and encoder that this rank runs or feeds on, the number of tokens of each part.
@@ -112,8 +121,7 @@ class StepShare:
             lane, dp = min(sides, key=lambda side: side[1])
             num_parts = max(self._dp[name], self._dp[LANGUAGE]) // dp
             lanes_loaded = dp // self.num_lanes
-            counts = batch.get(counts_key(name))
-            places = count_places(batch["input_ids"], special_token_ids[name]) if counts is None else counts[:, 1]
+            places = batch[counts_key(name)][:, 1]
             cut = places.unflatten(0, (self._num_microbatches, lanes_loaded, num_parts, -1))
             for microbatch, parts in zip(microbatches, cut[:, lane % lanes_loaded].sum(-1).tolist(), strict=True):
                 microbatch[name] = parts
@@ -174,30 +182,6 @@ def narrow_samples(batch: Batch, start: int, size: int, encoders: list[str]) -> 
     return narrowed
 
 
-def gather_lanes(values: torch.Tensor, topology: Topology, num_microbatches: int) -> torch.Tensor:
-    """Put together what the language model's lanes hold, on every rank; collective over the world.
-
-    Args:
-        values: ``[samples of one lane, ...]``, microbatch by microbatch. Only those of the language model's last
-            stage count, but shape and dtype must be the same on all ranks.
-        topology: groups of the modules.
-        num_microbatches: microbatches per step.
-
-    Returns:
-        ``[samples of the step batch, ...]`` in the order of the step batch.
-    """
-    lanes = values.new_empty((topology.layout.modules[LANGUAGE].dp, *values.shape))
-    if topology.runs(LANGUAGE):
-        dist.all_gather(list(lanes.unbind(0)), values.contiguous(), group=topology.groups[LANGUAGE].dp)
-    dist.broadcast(lanes, src=topology.layout.first_of_last_stage)
-    return lanes.unflatten(1, (num_microbatches, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def count_places(input_ids: torch.Tensor, special_token_id: int) -> torch.Tensor:
-    """``[samples]``: positions of each sample that an encoder's tokens take."""
-    return (input_ids == special_token_id).sum(dim=1)
-
-
 def counts_key(encoder: str) -> str:
     """Where :func:`count_items` puts what it counted for an encoder."""
     return f"{encoder}_counts"
@@ -230,7 +214,7 @@ def count_items(batch: Batch, special_token_ids: Mapping[str, int], elsewhere: C
                     f"items and num_{name} a 0 for each sample"
                 )
         items = batch[f"num_{name}"]
-        places = count_places(batch["input_ids"], special_token_id)
+        places = (batch["input_ids"] == special_token_id).sum(dim=1)
         if items.shape != places.shape:
             raise ValueError(f"num_{name} has shape {list(items.shape)}, but the batch has {len(places)} samples")
         counts = torch.stack([items.to(places), places], dim=1).cpu()

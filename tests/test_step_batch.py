@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mimo_strategy.dataloading import ShareSampler, share_dataloader
+from mimo_strategy.generation import gather_lanes
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleParallel, ModuleSizes
 from mimo_strategy.lightning_private import BatchProgress
-from mimo_strategy.step_batch import StepShare, count_items, gather_lanes, identified
+from mimo_strategy.step_batch import StepShare, count_items, identified
 from mimo_strategy.testing import run_on_ranks
 from mimo_strategy.topology import Topology
 
@@ -185,7 +186,7 @@ def test_bridged_lanes_agree_on_the_tokens_that_they_exchange(layout, num_microb
         share = StepShare(layout, rank, num_microbatches)
         batch = make_batch(share.positions(batch_size), encoders)
         batch["input_ids"] = places_of_items(batch["sample_id"].tolist(), token_ids)
-        counted = share.bridge_parts(batch, token_ids)
+        counted = share.bridge_parts(batch | count_items(batch, token_ids))
         assert len(counted) == num_microbatches
         for microbatch, parts in enumerate(counted):
             assert parts.keys() == {

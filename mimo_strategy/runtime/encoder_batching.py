@@ -1,36 +1,11 @@
 """Run colocated encoders once for several microbatches, and return their gradients once."""
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 
-from mimo_strategy.runtime.model import HeteroMimoModel
-from mimo_strategy.step_batch import Batch
-
-
-class EncoderInputs(NamedTuple):
-    """What the encoders of a rank are called with.
-
-    Attributes:
-        by_name: keyword arguments by encoder and by its parts.
-        blank: the encoders whose inputs are blank; what they become is dropped.
-    """
-
-    by_name: Mapping[str, dict[str, dict[str, Any]]]
-    blank: Collection[str]
-
-
-class Microbatch(NamedTuple):
-    """A microbatch of this rank.
-
-    Attributes:
-        batch: its samples.
-        bridge_parts: tokens that cross the bridge, see :meth:`.StepShare.bridge_parts`.
-    """
-
-    batch: Batch
-    bridge_parts: Mapping[str, list[int]]
+from mimo_strategy.runtime.model import EncoderInputs, HeteroMimoModel
+from mimo_strategy.step_batch import Batch, Microbatch
 
 
 class EncoderBatching:
@@ -83,11 +58,9 @@ class EncoderBatching:
                 tokens.backward(torch.cat(gradients))
 
     def _encode(self, microbatches: list[Microbatch]) -> None:
-        names = list(self._model.modality_submodules)
+        names = self._model.modality_submodules
         items = {name: torch.cat([microbatch.batch[name] for microbatch in microbatches]) for name in names}
-        inputs = self._encoder_inputs(items)
-        for name in names:
-            tokens = self._model.encode(name, inputs.by_name[name], is_blank=name in inputs.blank)
+        for name, tokens in self._model.encode(self._encoder_inputs(items)).items():
             places = [self._model.num_encoder_tokens(name, microbatch.bridge_parts) for microbatch in microbatches]
             self._model.check_tokens(name, len(tokens), sum(places))
             parts = [part.detach().requires_grad_(tokens.requires_grad) for part in tokens.split(places)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core.enums import ModelType
@@ -34,6 +34,18 @@ class DescribesModules(Protocol):
     ) -> ModuleSpec: ...
 
 
+class EncoderInputs(NamedTuple):
+    """What the encoders of a rank are called with.
+
+    Attributes:
+        by_name: keyword arguments by encoder and by its parts.
+        blank: the encoders whose inputs are blank; what they become is dropped.
+    """
+
+    by_name: Mapping[str, dict[str, dict[str, Any]]]
+    blank: Collection[str]
+
+
 class HeteroMimoModel(MimoModel):
     """``MimoModel`` whose modules draw from random streams of their own, and whose lanes may differ in items.
 
@@ -44,7 +56,7 @@ class HeteroMimoModel(MimoModel):
 
     Attributes:
         bridge_parts: of the microbatch that is run next, the tokens to cross the bridge from each encoder of this
-            rank, see :meth:`.StepShare.bridge_parts`; ``None`` where one process has all lanes.
+            rank, see :meth:`.StepShare.bridge_parts`; ``None`` without a runtime.
         encoded: the tokens of that microbatch, by encoder, where a pass over several microbatches has made them.
     """
 
@@ -110,8 +122,7 @@ class HeteroMimoModel(MimoModel):
         *,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        modality_inputs: Mapping[str, dict[str, dict[str, Any]]] | None = None,
-        blank: Collection[str] = (),
+        modality_inputs: EncoderInputs | None = None,
     ) -> tuple[Any, None]:
         """Run the modules of this rank on one microbatch.
 
@@ -119,8 +130,7 @@ class HeteroMimoModel(MimoModel):
             input_ids: ``[samples, sequence]``.
             position_ids: ``[samples, sequence]``.
             labels: ``[samples, sequence]``; without them the last stage returns logits.
-            modality_inputs: keyword arguments by encoder of this rank and by its parts, unless ``encoded`` is set.
-            blank: the encoders whose inputs are blank; what they become is dropped.
+            modality_inputs: of this rank's encoders, unless ``encoded`` is set.
 
         Returns:
             Output of the language model's stage, or by encoder the tokens ``[tokens, hidden]``; and ``None``.
@@ -128,12 +138,7 @@ class HeteroMimoModel(MimoModel):
         Raises:
             ValueError: if an encoder's items do not become as many tokens as the samples have places for.
         """
-        encoded = self.encoded
-        if encoded is None:
-            encoded = {
-                name: self.encode(name, modality_inputs[name], is_blank=name in blank)
-                for name in self.modality_submodules
-            }
+        encoded = self.encode(modality_inputs) if self.encoded is None else self.encoded
         tokens = {name: self._towards_language(name, own) for name, own in encoded.items()}
         if self.language_model is None:
             return tokens, None
@@ -141,11 +146,13 @@ class HeteroMimoModel(MimoModel):
             tokens = self.input_tensors
         return self._forward_language_module(input_ids, position_ids, None, None, labels, tokens)
 
-    def encode(self, name: str, inputs: dict[str, dict[str, Any]], *, is_blank: bool) -> torch.Tensor:
-        """The tokens ``[tokens, hidden]`` of an encoder's inputs, none if these are blank."""
-        tokens = self.modality_submodules[name](encoder_inputs=inputs)
+    def encode(self, inputs: EncoderInputs) -> dict[str, torch.Tensor]:
+        """The tokens ``[tokens, hidden]`` by encoder of this rank, none where inputs are blank."""
+        tokens = {
+            name: encoder(encoder_inputs=inputs.by_name[name]) for name, encoder in self.modality_submodules.items()
+        }
         # still part of the graph: the encoder's gradients are zero, and not missing
-        return tokens[:0] if is_blank else tokens
+        return {name: own[:0] if name in inputs.blank else own for name, own in tokens.items()}
 
     def num_encoder_tokens(self, name: str, bridge_parts: Mapping[str, list[int]]) -> int:
         """How many of the tokens that cross the bridge are those of this rank's encoder lane."""

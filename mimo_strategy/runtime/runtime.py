@@ -14,16 +14,16 @@ from megatron.core.optimizer import OptimizerConfig
 
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.runtime.data_parallel import wrap_modules
-from mimo_strategy.runtime.encoder_batching import EncoderBatching, EncoderInputs, Microbatch
+from mimo_strategy.runtime.encoder_batching import EncoderBatching
 from mimo_strategy.runtime.expert_load import ExpertLoad
 from mimo_strategy.runtime.gradients import finalize_gradients
 from mimo_strategy.runtime.layer_graphs import LayerGraphs
 from mimo_strategy.runtime.loss import LossOutput
-from mimo_strategy.runtime.model import HeteroMimoModel
+from mimo_strategy.runtime.model import EncoderInputs, HeteroMimoModel
 from mimo_strategy.runtime.optimizer import HeteroOptimizer, build_optimizer
 from mimo_strategy.runtime.schedule import Schedule
 from mimo_strategy.runtime.step_sums import Reported, StepSums
-from mimo_strategy.step_batch import Batch, StepShare, gather_lanes
+from mimo_strategy.step_batch import Batch, Microbatch, StepShare
 from mimo_strategy.topology import Topology
 
 _alive: "weakref.WeakSet[MimoRuntime]" = weakref.WeakSet()
@@ -137,14 +137,13 @@ class MimoRuntime:
     def _configure_schedule(self) -> None:
         config = self.model.config
         config.finalize_model_grads_func = self._finalize
-        config.grad_scale_func = _unscaled
         if any(ddp.overlap_grad_reduce for ddp in self.ddp_configs.values()):
             config.no_sync_func = self.model.no_sync
 
     def build_optimizer(self, configs: Mapping[str, OptimizerConfig]) -> HeteroOptimizer:
         """megatron-core's optimizer of all modules, from settings by module."""
         optimizer = build_optimizer(self.model, self.topology, configs, self.ddp_configs, self.dtype)
-        self.model.config.grad_scale_func = _unscaled if optimizer.grad_scaler is None else optimizer.scale_loss
+        self.model.config.grad_scale_func = None if optimizer.grad_scaler is None else optimizer.scale_loss
         return optimizer
 
     def run_step(
@@ -162,6 +161,7 @@ class MimoRuntime:
             batch: this rank's share of the step batch.
             forward: output of the model for a microbatch.
             loss: loss of an output and its microbatch; called on the last stage only.
+            backward: whether to compute gradients.
             encoder_inputs: inputs of this rank's encoders from their items, where they take several microbatches.
 
         Returns:
@@ -259,9 +259,7 @@ class MimoRuntime:
                 f"{(length // tp + 1) * tp}"
             )
         self._check_fp8_tokens(len(batch["input_ids"]), length)
-        cut = zip(
-            self.share.microbatches(batch), self.share.bridge_parts(batch, self.model.special_token_ids), strict=True
-        )
+        cut = zip(self.share.microbatches(batch), self.share.bridge_parts(batch), strict=True)
         return [Microbatch(*microbatch) for microbatch in cut]
 
     def _check_fp8_tokens(self, num_samples: int, length: int) -> None:
@@ -288,10 +286,6 @@ class MimoRuntime:
                 f"sample(s) of {length} tokens, over tp {tp}; pad them to {-(-length // unit) * unit}"
             )
 
-    def gather_lanes(self, values: torch.Tensor) -> torch.Tensor:
-        """A tensor of the language model's lanes for the whole step batch; see :func:`.step_batch.gather_lanes`."""
-        return gather_lanes(values, self.topology, self._num_microbatches)
-
     def _finalize(self, models, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
         if self._encoding is not None:
             self._encoding.finish()
@@ -306,7 +300,3 @@ class MimoRuntime:
         _alive.discard(self)
         self.cuda_graphs = False
         self.topology.destroy()
-
-
-def _unscaled(loss: torch.Tensor) -> torch.Tensor:
-    return loss
