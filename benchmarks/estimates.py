@@ -148,7 +148,6 @@ def make_job(row: Row, machine: Machine) -> Job:
         {"images": 1},
         training,
         machine,
-        fused=False,
         encoder_batching=row.encoder_batching,
     )
 

@@ -39,7 +39,6 @@ class Job:
         items: items of each encoder in a sample.
         training: how parameters are kept and updated.
         machine: rates of the ranks.
-        fused: whether layers are Transformer Engine's; by default on machines that run ahead of their host.
         encoder_batching: microbatches that colocated encoders take at once, as far as it divides their number.
         encoder_ahead: microbatches that encoders on ranks of their own run ahead.
         cuda_graphs: whether layers of the language model are replayed, which not every layout allows; what it saves of
@@ -53,7 +52,6 @@ class Job:
     items: Mapping[str, int]
     training: Training
     machine: Machine
-    fused: bool | None = None
     encoder_batching: int = 1
     encoder_ahead: int = 0
     cuda_graphs: bool = False
@@ -67,7 +65,7 @@ class Job:
             self.length,
             {name: number * samples for name, number in self.items.items()},
             self.training.element_size,
-            self.machine.runs_ahead if self.fused is None else self.fused,
+            fused=self.machine.runs_ahead,
         )
 
 

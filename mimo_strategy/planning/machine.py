@@ -29,7 +29,8 @@ class Machine:
         latency: seconds of a collective, for each doubling of its ranks.
         dispatch: seconds that the host needs for one operation.
         ranks_per_node: ranks that share a node.
-        runs_ahead: whether the host dispatches operations while the device still runs others.
+        runs_ahead: whether the host dispatches operations while the device still runs others; as on GPUs, layers are
+            then Transformer Engine's.
         processors: ranks of a node that compute at the same time; ``None`` is all.
     """
 
