@@ -61,8 +61,9 @@ def reference(**language: object) -> NemotronVLM:
     )
 
 
-def reference_job(batch_size: int = 8, **language: object) -> Job:
-    return Job(reference(**language), batch_size, 4096, {"images": 1}, Training("bf16-mixed"), MACHINES["h200"])
+def reference_job(batch_size: int = 8, memory: float = MACHINES["h200"].memory, **language: object) -> Job:
+    machine = replace(MACHINES["h200"], memory=memory)
+    return Job(reference(**language), batch_size, 4096, {"images": 1}, Training("bf16-mixed"), machine)
 
 
 def tiny(pattern: str = "M*-E", **changes: object) -> NemotronVLM:
@@ -302,14 +303,13 @@ def test_a_model_that_tells_no_costs_is_refused_by_name(monkeypatch: pytest.Monk
 
 
 def test_search_ranks_what_fits() -> None:
-    job = reference_job(batch_size=16)
-    plan = search(job, 8, memory=60e9, keep=5)
+    plan = search(reference_job(16, memory=60e9), 8, keep=5)
     times = [estimate.step_seconds for estimate in plan.best]
     assert times[:5] == sorted(times[:5])
     assert {estimate.layout.placement for estimate in plan.best} == set(Placement)
     assert all(estimate.peak_bytes <= plan.limit for estimate in plan.best)
     assert 0 < plan.fitting < plan.tried
-    everything = search(job, 8, memory=1e15, keep=10_000)
+    everything = search(reference_job(16, memory=1e15), 8, keep=10_000)
     assert everything.fitting == everything.tried == plan.tried
     fitting = [estimate for estimate in everything.best if estimate.peak_bytes <= plan.limit]
     assert len(fitting) == plan.fitting
@@ -320,10 +320,10 @@ def test_search_ranks_what_fits() -> None:
 
 
 def test_search_without_a_layout_that_fits_tells_the_smallest() -> None:
-    plan = search(reference_job(), 4, memory=1e9)
+    plan = search(reference_job(memory=1e9), 4)
     assert plan.best == ()
     assert plan.smallest.peak_bytes > plan.limit == 0.9e9
-    everything = search(reference_job(), 4, memory=1e15, keep=10_000)
+    everything = search(reference_job(memory=1e15), 4, keep=10_000)
     assert plan.smallest.peak_bytes == min(estimate.peak_bytes for estimate in everything.best)
 
 

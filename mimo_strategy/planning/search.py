@@ -37,18 +37,17 @@ class Plan:
     limit: float
 
 
-def search(job: Job, world_size: int, *, memory: float | None = None, keep: int = 10) -> Plan:
+def search(job: Job, world_size: int, *, keep: int = 10) -> Plan:
     """Estimate all layouts of both placements and all numbers of microbatches that divide the step batch.
 
-    Left out are tp beyond a node and etp other than 1 and tp.
+    Left out are tp beyond a node and etp other than 1 and tp. Nine tenths of a device's memory may be used.
 
     Args:
         job: model, step batch and machine.
         world_size: number of ranks.
-        memory: bytes of a device; ``None`` is the machine's. Nine tenths of it may be used.
         keep: how many of the best to return; beside them the best of each placement.
     """
-    limit = _USED_MEMORY * (job.machine.memory if memory is None else memory)
+    limit = _USED_MEMORY * job.machine.memory
     estimator = Estimator(job)
     best: list[tuple[float, int, Estimate]] = []
     by_placement: dict[Placement, Estimate] = {}
