@@ -17,7 +17,9 @@ from mimo_strategy.cli.layout_view import show_layout
 from mimo_strategy.cli.main import main
 from mimo_strategy.cli.run_config import read_run
 from mimo_strategy.layout import ModuleSizes
+from mimo_strategy.planning.estimate import Job
 from mimo_strategy.planning.machine import MACHINES, read_machine
+from mimo_strategy.planning.memory import Training
 from mimo_strategy.planning.report import LayoutReport
 from mimo_strategy.testing import rates
 
@@ -119,7 +121,8 @@ def test_an_encoder_whose_experts_are_cut_by_etp_alone_has_factors_of_experts(
 ) -> None:
     sizes = {"images": ModuleSizes(num_experts=2), "language": ModuleSizes()}
     layout = Layout.resolve(sizes, 2, {"images": ModuleParallel(etp=2), "language": ModuleParallel()})
-    show_layout(Console(), LayoutReport(layout, (), "", None, "", None, 1, 1, 0, 0.0), [])
+    job = Job(None, 0, 1, {}, Training(), MACHINES["cpu"])
+    show_layout(Console(), LayoutReport(job, 1, layout, (), "", None, ""), [])
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "1 images dp 1 etp 1 ep 0 edp 0 dp 0-1 etp 0-1" in rows
 

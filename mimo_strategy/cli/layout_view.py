@@ -46,13 +46,13 @@ def show_layout(console: Console, report: LayoutReport, ranks: list[int]) -> Non
 
 
 def _headings(report: LayoutReport) -> RenderableType:
-    lines = [Text(title(report.layout), "bold")]
-    if report.batch_size:
+    lines, job = [Text(title(report.layout), "bold")], report.job
+    if job.batch_size:
         lines[0].append(
-            f"   step batch {report.batch_size} = {report.num_microbatches} microbatch(es) of "
-            f"{report.batch_size // report.num_microbatches}"
-            + (f", encoders take {report.encoder_batching} at once" if report.encoder_batching > 1 else "")
-            + (f", encoders run {report.encoder_ahead} ahead" if report.encoder_ahead else ""),
+            f"   step batch {job.batch_size} = {report.num_microbatches} microbatch(es) of "
+            f"{job.batch_size // report.num_microbatches}"
+            + (f", encoders take {job.encoder_batching} at once" if job.encoder_batching > 1 else "")
+            + (f", encoders run {job.encoder_ahead} ahead" if job.encoder_ahead else ""),
             "not bold",
         )
     for module in _modules(report):

@@ -34,33 +34,28 @@ class LayoutReport:
     """A layout that was asked for.
 
     Attributes:
+        job: model, step batch and machine.
+        num_microbatches: microbatches of a step.
         layout: as resolved; if a check failed, ``None``.
         failures: the checks that failed.
         suggestion: what would pass instead.
         estimate: memory and time; ``None`` if the model does not tell its costs, or a check failed.
         unknown: why there is no estimate.
-        batch_size: samples of a step batch.
-        num_microbatches: microbatches of a step.
-        encoder_batching: microbatches that encoders take at once.
-        encoder_ahead: microbatches that encoders run ahead.
-        device_memory: bytes of a device.
     """
 
+    job: Job
+    num_microbatches: int
     layout: Layout | None
     failures: tuple[str, ...]
     suggestion: str
     estimate: Estimate | None
     unknown: str
-    batch_size: int | None
-    num_microbatches: int
-    encoder_batching: int
-    encoder_ahead: int
-    device_memory: float
 
     @cached_property
     def samples(self) -> Mapping[str, int]:
         """Samples of a lane in a microbatch, by module; empty without a batch size."""
-        return samples_per_lane(self.layout, self.batch_size, self.num_microbatches) if self.batch_size else {}
+        batch_size = self.job.batch_size
+        return samples_per_lane(self.layout, batch_size, self.num_microbatches) if batch_size else {}
 
     def memory(self, module: ModuleLayout, rank: int) -> RankMemory:
         """What ``rank`` holds of ``module``."""
@@ -76,10 +71,11 @@ class LayoutReport:
     @property
     def overflow(self) -> str:
         """That the fullest rank needs more than there is; empty if it does not, or nothing is estimated."""
-        if self.estimate is None or self.estimate.peak_bytes <= self.device_memory:
+        memory = self.job.machine.memory
+        if self.estimate is None or self.estimate.peak_bytes <= memory:
             return ""
         return (
-            f"a rank needs about {gibibytes(self.estimate.peak_bytes)}, a device has {gibibytes(self.device_memory)}: "
+            f"a rank needs about {gibibytes(self.estimate.peak_bytes)}, a device has {gibibytes(memory)}: "
             "take more microbatches, recompute_layers, or a layout that `mimo plan` finds"
         )
 
@@ -94,10 +90,10 @@ class LayoutReport:
             "failures": list(self.failures),
             "suggestion": self.suggestion or None,
             "overflow": self.overflow or None,
-            "batch_size": self.batch_size,
+            "batch_size": self.job.batch_size or None,
             "num_microbatches": self.num_microbatches,
-            "encoder_batching": self.encoder_batching,
-            "encoder_ahead": self.encoder_ahead,
+            "encoder_batching": self.job.encoder_batching,
+            "encoder_ahead": self.job.encoder_ahead,
         }
         if self.layout is None:
             return told
@@ -179,15 +175,4 @@ def report_layout(
             estimate = Estimator(job).estimate(layout, num_microbatches)
         except CostUnknown as error:
             unknown = str(error)
-    return LayoutReport(
-        layout,
-        failures,
-        suggestion,
-        estimate,
-        unknown,
-        job.batch_size or None,
-        num_microbatches,
-        job.encoder_batching,
-        job.encoder_ahead,
-        job.machine.memory,
-    )
+    return LayoutReport(job, num_microbatches, layout, failures, suggestion, estimate, unknown)
