@@ -8,6 +8,7 @@ from rich.console import Console
 from mimo_strategy.cli.errors import UsageError
 from mimo_strategy.cli.job import job_parser, print_json, read_job
 from mimo_strategy.cli.layout_view import show_layout
+from mimo_strategy.pictures import draw_layout
 from mimo_strategy.planning.report import LayoutReport, report_layout
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -42,8 +43,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _draw(report: LayoutReport, path: Path) -> None:
-    from mimo_strategy.pictures import draw_layout
-
     figure = draw_layout(report.layout)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
