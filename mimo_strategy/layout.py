@@ -80,10 +80,15 @@ class Layout:
             raise LayoutError(*error.failures, suggestion=_suggestion(sizes, world_size, modules)) from None
 
     @property
+    def largest_dp(self) -> int:
+        """Lanes of the module with the most of them; the samples of a microbatch are a multiple of it."""
+        return max(module.dp for module in self.modules.values())
+
+    @property
     def first_of_last_stage(self) -> int:
         """The first rank of the language model's last stage, where what it puts out is known."""
         language = self.modules[LANGUAGE]
-        return language.rank_offset + language.tp * language.cp * language.dp * (language.pp - 1)
+        return language.stage_ranks(language.pp - 1)[0]
 
     @classmethod
     def _resolve(cls, sizes: Mapping[str, ModuleSizes], world_size: int, modules: Mapping[str, ModuleParallel]) -> Self:
@@ -101,11 +106,12 @@ class Layout:
         placed = {name: module for name, module in resolved.items() if module is not None}
         if len(placed) == len(sizes):
             failures += placement_failures(placed, world_size)
-        placement = Placement.COLOCATED if len({module.ranks for module in placed.values()}) == 1 else None
+        spans = {module.ranks for module in placed.values()}
+        placement = Placement.COLOCATED if len(spans) == 1 else Placement.NON_COLOCATED
         failures += bridge_failures(placed, share_ranks=placement is Placement.COLOCATED)
         if failures:
             raise LayoutError(*failures)
-        return cls(MappingProxyType(placed), world_size, placement or Placement.NON_COLOCATED)
+        return cls(MappingProxyType(placed), world_size, placement)
 
     def __str__(self) -> str:
         return "\n".join(f"  {module}" for module in self.modules.values())
@@ -117,14 +123,13 @@ class Layout:
             ValueError: if ``batch_size`` (samples per optimizer step over all ranks) is no multiple of
                 ``num_microbatches`` times the largest dp.
         """
-        dp = max(module.dp for module in self.modules.values())
-        needed = dp * num_microbatches
+        needed = self.largest_dp * num_microbatches
         if batch_size < 1 or batch_size % needed:
             lanes = ", ".join(f"{module.name} dp {module.dp}" for module in self.modules.values())
             below, above = batch_size // needed * needed, (batch_size // needed + 1) * needed
             raise ValueError(
                 f"the step batch of {batch_size} samples must be a multiple of num_microbatches {num_microbatches} x "
-                f"the largest dp {dp} ({lanes}) = {needed}; valid: "
+                f"the largest dp {self.largest_dp} ({lanes}) = {needed}; valid: "
                 + " or ".join(str(size) for size in (below, above) if size > 0)
             )
 

@@ -77,6 +77,11 @@ class ModuleLayout:
         """The global ranks of the module."""
         return range(self.rank_offset, self.rank_offset + self.num_ranks)
 
+    def stage_ranks(self, stage: int) -> range:
+        """The global ranks of a pipeline stage."""
+        size = self.num_ranks // self.pp
+        return self.ranks[stage * size : (stage + 1) * size]
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of a global ``rank`` in both factorizations, keyed by tp, cp, dp, pp, etp, ep, edp.
 

@@ -89,7 +89,7 @@ def test_samples_have_different_numbers_of_items():
 @layouts
 @microbatching
 def test_every_rank_runs_the_block_of_its_lane_in_every_microbatch(layout, num_microbatches):
-    batch_size = 2 * num_microbatches * max(module.dp for module in layout.modules.values())
+    batch_size = 2 * num_microbatches * layout.largest_dp
     encoders = [name for name in layout.modules if name != LANGUAGE]
     lanes = {name: lanes_of(module) for name, module in layout.modules.items()}
     for rank in range(layout.world_size):
@@ -114,7 +114,7 @@ def test_every_rank_runs_the_block_of_its_lane_in_every_microbatch(layout, num_m
 @layouts
 @microbatching
 def test_ranks_load_no_more_than_the_blocks_of_their_lanes(layout, num_microbatches):
-    batch_size = 2 * num_microbatches * max(module.dp for module in layout.modules.values())
+    batch_size = 2 * num_microbatches * layout.largest_dp
     for rank in range(layout.world_size):
         needed = set()
         for module in layout.modules.values():
@@ -178,7 +178,7 @@ def test_samples_that_cannot_be_cut_evenly_are_refused(num_samples):
 @layouts
 @microbatching
 def test_bridged_lanes_agree_on_the_tokens_that_they_exchange(layout, num_microbatches):
-    batch_size = 2 * num_microbatches * max(module.dp for module in layout.modules.values())
+    batch_size = 2 * num_microbatches * layout.largest_dp
     encoders = [name for name in layout.modules if name != LANGUAGE]
     token_ids = {name: 1000 + position for position, name in enumerate(encoders)}
     lanes = {name: lanes_of(module) for name, module in layout.modules.items()}

@@ -155,7 +155,7 @@ def _stages(report: LayoutReport) -> list[Table]:
     totals: list[list[RankMemory]] = []
     for module in _modules(report):
         for stage in range(module.pp):
-            ranks = _ranks_of(module, range(module.dp), stage)
+            ranks = module.stage_ranks(stage)
             name = f"{module.name} pp {stage}" if module.pp > 1 else module.name
             held, kinds = [], ""
             if report.estimate is not None:
@@ -236,8 +236,8 @@ def _table(name: str, *columns: str) -> Table:
 
 
 def _style(report: LayoutReport, module: ModuleLayout, rank: int) -> Style:
-    finest = max(other.dp for other in report.layout.modules.values())
-    return Style(color=INK, bgcolor=_hex(lane_color(module, module.coordinates(rank), finest)))
+    color = lane_color(module, module.coordinates(rank), report.layout.largest_dp)
+    return Style(color=INK, bgcolor=_hex(color))
 
 
 def _hex(color: Color) -> str:

@@ -48,7 +48,7 @@ def draw_layout(layout: Layout) -> Figure:
     encoders = [module for name, module in layout.modules.items() if name != LANGUAGE]
     modules = [*encoders, language]
     grid = _Grid.fit(layout)
-    finest = max(module.dp for module in modules)
+    finest = layout.largest_dp
 
     figure, axes = page(max(grid.left + grid.width, *map(_heading_right, modules), 7.0) + MARGIN)
     axes.text(MARGIN, MARGIN, title(layout), size=_TITLE, weight="bold", color=INK, va="top")
@@ -164,7 +164,7 @@ def _draw_module(axes: Axes, grid: _Grid, module: ModuleLayout, finest: int, y: 
                 _draw_coordinates(axes, grid, x, names_y, {name: at[name] for name in names})
     if module.pp > 1 and not grid.detailed:
         for stage in range(module.pp):
-            row, _ = grid.cell(module.rank_offset + stage * module.num_ranks // module.pp)
+            row, _ = grid.cell(module.stage_ranks(stage)[0])
             _draw_label(axes, grid, f"pp {stage}", top + (row - rows[0]) * (height + _GAP) + height / 2)
     return top + len(rows) * (height + _GAP) - _GAP
 
@@ -179,14 +179,13 @@ def _draw_overview(axes: Axes, grid: _Grid, modules: list[ModuleLayout], y: floa
     for module in modules:
         _draw_label(axes, grid, module.name, y + _BAR / 2, "bold")
         axes.add_artist(Rectangle((grid.left, y), grid.width, _BAR, color=tint(FAINT, 0.35), linewidth=0))
-        stage_ranks = module.num_ranks // module.pp
-        width = grid.width * stage_ranks / grid.world_size
         for stage in range(module.pp):
-            first = module.rank_offset + stage * stage_ranks
-            x = grid.left + grid.width * first / grid.world_size
+            ranks = module.stage_ranks(stage)
+            width = grid.width * len(ranks) / grid.world_size
+            x = grid.left + grid.width * ranks[0] / grid.world_size
             color = tint(BLUE if module.name == LANGUAGE else ORANGE, between(0.7, 0.35, stage, module.pp))
             axes.add_artist(Rectangle((x + 0.01, y), width - 0.02, _BAR, color=color, linewidth=0))
-            label = f"ranks {first}-{first + stage_ranks - 1}" + (f", pp {stage}" if module.pp > 1 else "")
+            label = f"ranks {ranks[0]}-{ranks[-1]}" + (f", pp {stage}" if module.pp > 1 else "")
             if text_width(label, _CELL) < width:
                 center = (x + width / 2, y + _BAR / 2)
                 axes.text(*center, label, size=_CELL, color=INK, ha="center", va="center")

@@ -296,11 +296,10 @@ class _Step:
         seconds["dp"] = max(stage.reduction for stage in slowest)
         seconds["update"] = max(stage.update for stage in slowest)
         busy = sum(
-            self._stages[name][stage].passes.seconds * self._layout.modules[name].num_ranks
-            / self._layout.modules[name].pp
+            self._stages[name][stage].passes.seconds * len(self._layout.modules[name].stage_ranks(stage))
             for places in in_order
             for name, stage in places
-        )  # fmt: skip
+        )
         share = busy * self._microbatches / (self._layout.world_size * sum(seconds.values()))
         return self._with_shared_processors(seconds, share)
 
@@ -325,7 +324,7 @@ class _Step:
         module = self._layout.modules[name]
         if name == LANGUAGE and stage == module.pp - 1:
             return 0.0
-        distance = module.num_ranks // module.pp
+        distance = len(module.stage_ranks(stage))
         return 2 * self._job.machine.send_seconds(self._stages[name][stage].cost.sent, distance)
 
 

@@ -56,8 +56,7 @@ def search(job: Job, world_size: int, *, keep: int = 10) -> Plan:
     for layout in candidates(job.model.module_sizes(), world_size, job.batch_size):
         if job.cuda_graphs and any(cuda_graph_failures(layout.modules[LANGUAGE])):
             continue
-        dp = max(module.dp for module in layout.modules.values())
-        for num_microbatches in _divisors(job.batch_size // dp):
+        for num_microbatches in _divisors(job.batch_size // layout.largest_dp):
             tried += 1
             estimate = estimator.estimate(layout, num_microbatches)
             if estimate.peak_bytes > limit:
