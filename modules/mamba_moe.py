@@ -113,18 +113,13 @@ class MambaMoEConfig:
         """The widths of linear layers that tensor parallelism cuts, by name; without those of experts."""
         widths = {}
         if "*" in self.pattern:
-            kv_channels = self.kv_channels or self.hidden_size // self.num_attention_heads
-            widths["attention width"] = self.num_attention_heads * kv_channels
-            widths["width of queries, keys and values"] = widths["attention width"] + (
-                2 * self.num_query_groups * kv_channels
-            )
+            widths["attention width"] = self.attention_width
+            widths["width of queries, keys and values"] = self.qkv_width
         if "-" in self.pattern:
             widths["ffn_hidden_size"] = self.ffn_hidden_size
         if "M" in self.pattern:
-            widths["Mamba width"] = self.mamba_num_heads * self.mamba_head_dim
-            widths["width of the Mamba projection"] = (
-                2 * widths["Mamba width"] + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
-            )
+            widths["Mamba width"] = self.mamba_width
+            widths["width of the Mamba projection"] = self.mamba_projection_width
         if self.has_experts and self.shared_expert_ffn_hidden_size:
             widths["shared_expert_ffn_hidden_size"] = self.shared_expert_ffn_hidden_size
         return widths
@@ -133,6 +128,36 @@ class MambaMoEConfig:
     def expert_widths(self) -> dict[str, int]:
         """The widths of linear layers that expert tensor parallelism cuts, by name."""
         return {"expert_ffn_hidden_size": self.expert_ffn_hidden_size} if self.has_experts else {}
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head of attention layers."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width of the queries of all heads, and of what attention puts out."""
+        return self.num_attention_heads * self.head_width
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of queries, keys and values together."""
+        return self.attention_width + 2 * self.num_query_groups * self.head_width
+
+    @property
+    def mamba_width(self) -> int:
+        """Inner width of Mamba-2 layers."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_state_width(self) -> int:
+        """Width of B, and of C, of all groups."""
+        return self.mamba_num_groups * self.mamba_state_dim
+
+    @property
+    def mamba_projection_width(self) -> int:
+        """Width of a Mamba-2 layer's first projection: gate, input, B, C and time steps."""
+        return 2 * self.mamba_width + 2 * self.mamba_state_width + self.mamba_num_heads
 
     @property
     def layers(self) -> str:

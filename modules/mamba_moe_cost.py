@@ -27,22 +27,21 @@ def layer_work(config: "MambaMoEConfig", symbol: str, length: int) -> Work:
     Without dropping, every token takes ``experts_per_token`` experts wherever these are. A scan costs 5 operations
     for each element of the state: to decay it, to make and add what is new, and to read it.
     """
-    width, heads = config.hidden_size, config.num_attention_heads
-    head = _head(config)
-    inner, groups = _mamba_widths(config)
+    width = config.hidden_size
     match symbol:
         case "*":
-            projections = 2 * width * (2 * heads + 2 * config.num_query_groups) * head
-            return Work(matmul=projections, attention=4 * length * heads * head)
+            attention = config.attention_width
+            return Work(matmul=2 * width * (config.qkv_width + attention), attention=4 * length * attention)
         case "-":
             return Work(matmul=4 * width * config.ffn_hidden_size)
         case "E":
             experts = config.experts_per_token * config.expert_ffn_hidden_size + config.shared_expert_ffn_hidden_size
             return Work(matmul=2 * width * config.num_experts + 4 * width * experts)
         case _:
+            inner, channels = config.mamba_width, config.mamba_width + 2 * config.mamba_state_width
             return Work(
-                matmul=2 * width * (3 * inner + 2 * groups + config.mamba_num_heads),
-                scan=2 * _CONVOLUTION_WIDTH * (inner + 2 * groups) + 5 * inner * config.mamba_state_dim,
+                matmul=2 * width * (config.mamba_projection_width + inner),
+                scan=2 * _CONVOLUTION_WIDTH * channels + 5 * inner * config.mamba_state_dim,
             )
 
 
@@ -75,16 +74,17 @@ class _LayerCosts:
         return self._tokens * self._config.hidden_size * self._size
 
     def layer(self, symbol: str) -> Layer:
-        weights, kept, operations, experts = {
-            "*": self._attention,
-            "-": self._mlp,
-            "E": self._experts,
-            "M": self._mamba,
-        }[symbol]()
+        name, costs = {
+            "*": ("attention", self._attention),
+            "-": ("mlp", self._mlp),
+            "E": ("experts", self._experts),
+            "M": ("mamba", self._mamba),
+        }[symbol]
+        weights, kept, operations, experts = costs()
         forward, backward = self._sequence_parallel()
         return Layer(
-            name={"*": "attention", "-": "mlp", "E": "experts", "M": "mamba"}[symbol],
-            weights=weights,
+            name,
+            weights,
             work=layer_work(self._config, symbol, self._workload.length).times(self._tokens),
             kept=self._norm_kept() + kept,
             kept_input=self.hidden_bytes / self._layout.tp,
@@ -137,9 +137,8 @@ class _LayerCosts:
         return self._share * (width * (2 * _FLOAT + self._size) + _FLOAT)
 
     def _attention(self) -> tuple[tuple[Weight, ...], float, float, tuple[Transfer, ...]]:
-        config, heads, head = self._config, self._config.num_attention_heads, _head(self._config)
-        queries, pairs = heads * head, heads * self._workload.length
-        qkv = queries + 2 * config.num_query_groups * head
+        config, heads, length = self._config, self._config.num_attention_heads, self._workload.length
+        queries, qkv = config.attention_width, config.qkv_width
         weights = (
             Weight(config.hidden_size),
             Weight(queries * config.hidden_size, "tp"),
@@ -149,7 +148,7 @@ class _LayerCosts:
             return weights, self._share * ((qkv + queries) * self._size + heads * _FLOAT), 22, ()
         # keys and values are repeated for every head; scores are kept after the softmax, and a mask of bytes
         scores = _FLOAT + (self._size if self._size < _FLOAT else 0)
-        kept = self._share * (4 * queries * self._size + pairs * scores) + self._workload.length**2
+        kept = self._share * (4 * queries * self._size + heads * length * scores) + length**2
         return weights, kept, 22, ()
 
     def _mlp(self) -> tuple[tuple[Weight, ...], float, float, tuple[Transfer, ...]]:
@@ -189,8 +188,8 @@ class _LayerCosts:
     def _mamba(self) -> tuple[tuple[Weight, ...], float, float, tuple[Transfer, ...]]:
         config, size, length = self._config, self._size, self._workload.length
         width, heads, state = config.hidden_size, config.mamba_num_heads, config.mamba_state_dim
-        inner, groups = _mamba_widths(config)
-        channels, projected = inner + 2 * groups, 2 * inner + 2 * groups + heads
+        inner, groups, projected = config.mamba_width, config.mamba_state_width, config.mamba_projection_width
+        channels = inner + 2 * groups
         weights = (
             Weight(channels * _CONVOLUTION_WIDTH, "tp"),
             Weight(channels, "tp"),
@@ -212,12 +211,3 @@ class _LayerCosts:
         if length > chunk:
             kept += 5 * inner + 2 * heads + groups + inner * state / chunk * (1 + chunk / length)
         return weights, self._share * (kept * _FLOAT + (channels + projected) * size), 56, ()
-
-
-def _head(config: "MambaMoEConfig") -> int:
-    return config.kv_channels or config.hidden_size // config.num_attention_heads
-
-
-def _mamba_widths(config: "MambaMoEConfig") -> tuple[int, int]:
-    """Channels of the input, and of B and of C."""
-    return config.mamba_num_heads * config.mamba_head_dim, config.mamba_num_groups * config.mamba_state_dim
