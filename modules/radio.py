@@ -128,8 +128,8 @@ class RadioEncoder(EncoderPart):
 
     def forward_flops(self, num_images: int) -> float:
         """Floating-point operations of matrix products for ``num_images``."""
-        layers = layer_work(self.config).times(self.config.num_layers)
-        return num_images * embedding_work(self.config).plus(layers).flops
+        layers = self.config.num_layers * layer_work(self.config).flops
+        return num_images * (embedding_work(self.config).flops + layers)
 
     def layers(self, layout: ModuleLayout, num_images: int, workload: Workload) -> tuple[Layer, ...]:
         """Cost of the layers for ``num_images``."""

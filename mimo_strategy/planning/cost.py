@@ -62,10 +62,6 @@ class Work(NamedTuple):
         """So many times this."""
         return Work(*(factor * part for part in self))
 
-    def plus(self, other: "Work") -> "Work":
-        """Both together."""
-        return Work(*(one + another for one, another in zip(self, other, strict=True)))
-
 
 _NO_WORK = Work()
 
