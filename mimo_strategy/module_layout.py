@@ -104,8 +104,14 @@ class ModuleLayout:
 
 
 def span(ranks: range) -> str:
-    """Ranks in few words."""
-    return f"{ranks.start}-{ranks.stop - 1}" if len(ranks) > 1 else f"{ranks.start}"
+    """Ranks in few words: ``3``, ``0-7``, or ``0,4,...,28`` where others lie between them."""
+    if len(ranks) == 1:
+        return f"{ranks[0]}"
+    if ranks.step == 1:
+        return f"{ranks[0]}-{ranks[-1]}"
+    if len(ranks) <= 4:
+        return ",".join(map(str, ranks))
+    return f"{ranks[0]},{ranks[1]},...,{ranks[-1]}"
 
 
 def _unravel(index: int, dims: tuple[tuple[str, int], ...]) -> dict[str, int]:

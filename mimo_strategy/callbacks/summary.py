@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities import rank_zero_only
 
-from mimo_strategy.layout import ModuleLayout
+from mimo_strategy.module_layout import ModuleLayout, span
 from mimo_strategy.runtime.runtime import MimoRuntime
 
 _COLUMNS = ("Module", "Ranks", "tp x cp x dp x pp", "etp x ep x edp", "Parameters", "Per rank", "Trainable")
@@ -70,7 +70,7 @@ def _table(layouts: dict[str, ModuleLayout], counts: dict[str, tuple[int, int, i
         rows.append(
             (
                 name,
-                f"{layout.ranks.start}-{layout.ranks.stop - 1}",
+                span(layout.ranks),
                 f"{layout.tp} x {layout.cp} x {layout.dp} x {layout.pp}",
                 f"{layout.etp} x {layout.ep} x {layout.edp}",
                 f"{total:,}",

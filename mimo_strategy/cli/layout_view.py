@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mimo_strategy.layout import LANGUAGE, ModuleLayout, Placement
+from mimo_strategy.module_layout import span
 from mimo_strategy.pictures.lane_colors import lane_color
 from mimo_strategy.pictures.layout_text import expert_factors, fan, heading, title
 from mimo_strategy.pictures.palette import INK, Color
@@ -94,7 +95,7 @@ def _summed_up(report: LayoutReport, module: ModuleLayout) -> Text:
         shown = list(_some(module.dp, 6))
         for lane in shown:
             ranks = lane_ranks(module, lane, stage)
-            text.append(f" {_span(ranks)} ", _style(report, module, ranks[0]))
+            text.append(f" {span(ranks)} ", _style(report, module, ranks[0]))
             if lane + 1 < module.dp and lane + 1 not in shown:
                 text.append(f" ... {module.dp - len(shown):,} more lanes of {len(ranks)} rank(s) ... ", _FAINT)
         text.append("\n")
@@ -134,11 +135,11 @@ def _bridge(report: LayoutReport, encoder: ModuleLayout) -> RenderableType:
     for position in _some(len(pairs), _MOST_ROWS):
         feed = pairs[position]
         table.add_row(
-            _span(feed.encoder),
-            _span(_ranks_of(encoder, feed.encoder, encoder.pp - 1)),
+            span(feed.encoder),
+            span(_ranks_of(encoder, feed.encoder, encoder.pp - 1)),
             "->",
-            _span(feed.language),
-            _span(_ranks_of(language, feed.language, 0)),
+            span(feed.language),
+            span(_ranks_of(language, feed.language, 0)),
         )
     if len(pairs) > _MOST_ROWS:
         table.caption = f"and {len(pairs) - _MOST_ROWS:,} more like these"
@@ -164,7 +165,7 @@ def _stages(report: LayoutReport) -> list[Table]:
                 held = [report.memory(module, rank) for rank in ranks]
                 table.add_row(name, *_bytes(held))
             totals.append(held)
-            layers.add_row(module.name, f"{stage}", _span(ranks), kinds)
+            layers.add_row(module.name, f"{stage}", span(ranks), kinds)
     if report.estimate is None:
         return [layers]
     if report.layout.placement is Placement.COLOCATED and len(totals) > 1:
@@ -197,7 +198,7 @@ def _groups(report: LayoutReport, ranks: list[int]) -> RenderableType:
                 " ".join(f"{factor} {at[factor]}" for factor in ("tp", "cp", "dp", "pp") if getattr(module, factor) > 1)
                 or "alone",
                 " ".join(f"{factor} {at[factor]}" for factor in expert_factors(module)),
-                "  ".join(f"{factor} {_span(others)}" for factor, others in _shown_groups(module, rank)),
+                "  ".join(f"{factor} {span(others)}" for factor, others in _shown_groups(module, rank)),
             )
     if len(ranks) < report.layout.world_size:
         table.caption = "of others: --rank R"
@@ -242,17 +243,6 @@ def _style(report: LayoutReport, module: ModuleLayout, rank: int) -> Style:
 
 def _hex(color: Color) -> str:
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in color)
-
-
-def _span(ranks: range) -> str:
-    """Ranks in few words: ``3``, ``0-7``, or ``0,4,...,28`` where others lie between them."""
-    if len(ranks) == 1:
-        return f"{ranks[0]}"
-    if ranks.step == 1:
-        return f"{ranks[0]}-{ranks[-1]}"
-    if len(ranks) <= 4:
-        return ",".join(map(str, ranks))
-    return f"{ranks[0]},{ranks[1]},...,{ranks[-1]}"
 
 
 def _shown_groups(module: ModuleLayout, rank: int) -> Iterator[tuple[str, range]]:

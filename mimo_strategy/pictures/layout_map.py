@@ -11,6 +11,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleLayout
+from mimo_strategy.module_layout import span
 from mimo_strategy.pictures.canvas import MARGIN, crop, page, text_width
 from mimo_strategy.pictures.lane_colors import between, lane_color, lane_hue
 from mimo_strategy.pictures.layout_text import (
@@ -185,7 +186,7 @@ def _draw_overview(axes: Axes, grid: _Grid, modules: list[ModuleLayout], y: floa
             x = grid.left + grid.width * ranks[0] / grid.world_size
             color = tint(BLUE if module.name == LANGUAGE else ORANGE, between(0.7, 0.35, stage, module.pp))
             axes.add_artist(Rectangle((x + 0.01, y), width - 0.02, _BAR, color=color, linewidth=0))
-            label = f"ranks {ranks[0]}-{ranks[-1]}" + (f", pp {stage}" if module.pp > 1 else "")
+            label = f"ranks {span(ranks)}" + (f", pp {stage}" if module.pp > 1 else "")
             if text_width(label, _CELL) < width:
                 center = (x + width / 2, y + _BAR / 2)
                 axes.text(*center, label, size=_CELL, color=INK, ha="center", va="center")

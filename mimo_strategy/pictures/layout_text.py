@@ -3,6 +3,7 @@
 from math import prod
 
 from mimo_strategy.layout import LANGUAGE, Layout, ModuleLayout, Placement
+from mimo_strategy.module_layout import span
 
 _TIMES, _ARROW = "\N{MULTIPLICATION SIGN}", "\N{RIGHTWARDS ARROW}"
 
@@ -34,8 +35,7 @@ def _product(module: ModuleLayout, factors: list[str]) -> str:
 
 def heading(module: ModuleLayout) -> str:
     """Ranks of a module and its factor products, those of the experts with the shared pp."""
-    first, last = module.ranks[0], module.ranks[-1]
-    parts = [f"rank {first}" if first == last else f"ranks {first}-{last}"]
+    parts = [f"{'ranks' if len(module.ranks) > 1 else 'rank'} {span(module.ranks)}"]
     parts.append(_product(module, primary_factors(module)))
     if experts := expert_factors(module):
         parts.append(_product(module, experts + ["pp"] * (module.pp > 1)))
