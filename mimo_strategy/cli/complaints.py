@@ -111,7 +111,7 @@ def _unknown_key(match: re.Match, complaint: _Complaint, parser: ArgumentParser)
     place = _place(complaint.keys)
     if complaint.class_path is not None:
         of_class = pkgutil.resolve_name(complaint.class_path)
-        valid = _parameters(of_class)
+        valid = parameters(of_class)
         group, _, name = name.rpartition(".") if match["argument"] else (match["group"], "", name)
         if group:
             valid = _parameters_of_group(of_class, group)
@@ -128,18 +128,24 @@ def _options(parser: ArgumentParser) -> list[str]:
     return options
 
 
-def _parameters(of: Any) -> list[str]:
+def parameters(of: Any) -> list[str]:
+    """Names of what a class is made with."""
     return [field.name for field in fields(of)] if is_dataclass(of) else list(inspect.signature(of).parameters)
+
+
+def parameter_types(of: Any) -> dict[str, Any]:
+    """Types of what a class is made with, where they are told."""
+    return get_type_hints(of if is_dataclass(of) else of.__init__)
 
 
 def _parameters_of_group(of_class: type, group: str) -> list[str]:
     of: Any = of_class
     for name in group.split("."):
-        hint = get_type_hints(of if is_dataclass(of) else of.__init__).get(name)
+        hint = parameter_types(of).get(name)
         of = next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)
         if of is None:
             return []
-    return _parameters(of)
+    return parameters(of)
 
 
 def suggest(name: str, valid: Collection[str]) -> str:

@@ -3,13 +3,14 @@
 import argparse
 import inspect
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import shtab
 
 from mimo_strategy.cli import layout, plan, profile, weights
+from mimo_strategy.cli.complaints import parameter_types, parameters
 from mimo_strategy.cli.main import VERBS
 
 
@@ -89,9 +90,8 @@ def _keys() -> Iterator[tuple[str, list[str] | None]]:
 
 
 def _parameters(key: str, of: type) -> Iterator[tuple[str, list[str] | None]]:
-    hints = get_type_hints(of if is_dataclass(of) else of.__init__)
-    names = [field.name for field in fields(of)] if is_dataclass(of) else inspect.signature(of).parameters
-    for name in names:
+    hints = parameter_types(of)
+    for name in parameters(of):
         kinds = {hints.get(name), *get_args(hints.get(name))}
         yield f"{key}.{name}", _choices(kinds)
         for kind in kinds:
