@@ -83,10 +83,10 @@ def add_biases_in_products(spec: ModuleSpec) -> ModuleSpec:
 def hybrid_stack_spec(num_experts: int) -> ModuleSpec:
     """The layers that a hybrid pattern may name: Mamba-2, attention, MLP and, with experts, MoE."""
     if use_transformer_engine():
-        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as upstream_spec
 
         split_into_views()
-        return launch_less(deepcopy(hybrid_stack_spec), num_experts)
+        return launch_less(deepcopy(upstream_spec), num_experts)
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=HybridStackSubmodules(
