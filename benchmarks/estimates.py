@@ -7,17 +7,14 @@ Step times mean something on a quiet machine only. ``--steps 0`` leaves them out
 
 import argparse
 import os
-import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import mimo_strategy  # noqa: F401 - before megatron
 from mimo_strategy import ModuleParallel
 from mimo_strategy.layout import Layout
 from mimo_strategy.planning.estimate import Estimate, Job

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from mimo_strategy.layout import Placement
 
-_GIB = 2**30
 Interval = tuple[int, int]
 
 
