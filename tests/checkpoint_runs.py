@@ -1,19 +1,19 @@
 """Short runs of a tiny model that save, and that go on from what others saved."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from tiny_runs import BATCH_SIZE, OPTIMIZER, Recorder, digits, make_trainer
+from tiny_runs import BATCH_SIZE, Recorder, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate
 from mimo_strategy import DistributedDataParallelConfig, MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
-from modules import MambaMoEConfig, NemotronVLM, RadioConfig
+from modules import NemotronVLM, RadioConfig
 
 STEPS_PER_EPOCH = 4
 MAX_STEPS = 8
@@ -32,18 +32,11 @@ class Run:
     weights: str
 
 
-def model(*, random: bool = False, **changes: Any) -> NemotronVLM:
+def model(pattern: str = PATTERN, *, random: bool = False, **changes: Any) -> NemotronVLM:
     """The tiny model; ``random`` gives it dropout and random crops of position embeddings."""
-    vocabulary = digits().vocabulary
     if random:
         changes["dropout"] = 0.1
-    return NemotronVLM(
-        replace(RadioConfig.tiny(), random_position_crops=random),
-        MambaMoEConfig.tiny(**({"pattern": PATTERN} | changes)),
-        image_token_id=vocabulary.image_token_id,
-        end_token_id=vocabulary.end_token_id,
-        optimizer=OPTIMIZER,
-    )
+    return vision_language(pattern, radio=RadioConfig.tiny(random_position_crops=random), **changes)
 
 
 def data(num_workers: int = 0) -> DataLoader:

@@ -33,14 +33,17 @@ def digits(batch_size: int = BATCH_SIZE) -> DigitsDataModule:
     return DigitsDataModule(batch_size, seq_length=24)
 
 
-def vision_language(pattern: str = PATTERN, **changes: Any) -> NemotronVLM:
-    """A tiny model of encoder and language model."""
+def vision_language(
+    pattern: str = PATTERN, *, radio: RadioConfig | None = None, projector: str = "affine", **changes: Any
+) -> NemotronVLM:
+    """A tiny model of encoder and language model; ``changes`` are of the latter."""
     vocabulary = digits().vocabulary
     return NemotronVLM(
-        RadioConfig.tiny(),
+        radio or RadioConfig.tiny(),
         MambaMoEConfig.tiny(pattern=pattern, **changes),
         image_token_id=vocabulary.image_token_id,
         end_token_id=vocabulary.end_token_id,
+        projector=projector,
         optimizer=OPTIMIZER,
     )
 

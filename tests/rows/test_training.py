@@ -7,14 +7,14 @@ import no_pipelining
 import pytest
 from gpt_moe import NEMOTRON, GptMoE, GptVLM
 from no_global_groups import NoGlobalGroups, assert_no_global_groups
-from tiny_runs import OPTIMIZER, PATTERN, digits
+from tiny_runs import OPTIMIZER, digits, vision_language
 from torch.utils.data import DataLoader
 
 from datamodules import collate
 from mimo_strategy import MimoHeteroStrategy, MimoModule
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.testing import Reference
-from modules import MambaMoEConfig, NemotronVLM, RadioConfig
+from modules import NemotronVLM, RadioConfig
 
 STEP_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-5
 
@@ -43,20 +43,8 @@ def gpt_vlm(language: GptMoE) -> GptVLM:
     return GptVLM(language, RadioConfig.tiny(), DIGITS.vocabulary.image_token_id, OPTIMIZER)
 
 
-def mamba_moe(projector: str = "affine") -> NemotronVLM:
-    vocabulary = DIGITS.vocabulary
-    return NemotronVLM(
-        RadioConfig.tiny(),
-        MambaMoEConfig.tiny(pattern=PATTERN),
-        image_token_id=vocabulary.image_token_id,
-        end_token_id=vocabulary.end_token_id,
-        projector=projector,
-        optimizer=OPTIMIZER,
-    )
-
-
 def radio_projector_mamba_moe() -> NemotronVLM:
-    return mamba_moe(projector="mlp")
+    return vision_language(projector="mlp")
 
 
 # ---- one process
@@ -159,7 +147,7 @@ def test_row_07_colocated_gpt_moe_in_nemotron_flavour(
     (4, {"images": P(tp=2, dp=2), "language": P(dp=4, ep=4)}, 2),
 )
 def test_row_08_colocated_mamba_moe(assert_trains_like_one_process, world_size, modules, num_microbatches):
-    assert_trains_like_one_process(mamba_moe, world_size, modules, num_microbatches)
+    assert_trains_like_one_process(vision_language, world_size, modules, num_microbatches)
 
 
 @layouts((8, {"images": P(tp=2, dp=4), "language": P(tp=2, dp=4, etp=2, ep=2)}, 1))
@@ -174,7 +162,7 @@ def test_row_09_colocated_radio_projector_mamba_moe(
     (4, {"images": P(dp=2), "language": P(tp=2, ep=2, rank_offset=2)}, 2),
 )
 def test_row_10_non_colocated_mamba_moe(assert_trains_like_one_process, world_size, modules, num_microbatches):
-    assert_trains_like_one_process(mamba_moe, world_size, modules, num_microbatches)
+    assert_trains_like_one_process(vision_language, world_size, modules, num_microbatches)
 
 
 @layouts(
