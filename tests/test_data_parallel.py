@@ -5,20 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from tiny_runs import BATCH_SIZE, digits, make_trainer, vision_language
+from tiny_runs import BATCH_SIZE, OVERLAPPED, PLAIN, digits, make_trainer, vision_language
 from torch.utils.data import DataLoader
 
 from datamodules import collate
-from mimo_strategy import DistributedDataParallelConfig, MimoHeteroStrategy
+from mimo_strategy import MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.runtime.data_parallel import accumulate_in_kernels
 from mimo_strategy.testing import RankError, Reference, run_on_ranks
 
-OVERLAPPED = DistributedDataParallelConfig(
-    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=20_000
-)
 REDUCED_EARLY = replace(OVERLAPPED, use_distributed_optimizer=False, overlap_param_gather=False)
-PLAIN = DistributedDataParallelConfig(use_distributed_optimizer=False)
 
 COLOCATED = {"images": P(dp=2), "language": P(dp=2, ep=2)}
 FAN_IN = {"images": P(dp=2), "language": P(tp=2, dp=1, ep=2)}

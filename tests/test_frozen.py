@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from megatron.core.distributed import DistributedDataParallelConfig
-from tiny_runs import OPTIMIZER, make_trainer
+from tiny_runs import OPTIMIZER, OVERLAPPED, PLAIN, make_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import MockImageDataModule, collate
@@ -17,11 +16,6 @@ from mimo_strategy.testing import Reference, run_on_ranks
 from modules import MambaMoEConfig, NemotronVLM, RadioConfig
 
 NUM_STEPS, BATCH_SIZE = 2, 8
-
-OVERLAPPED = DistributedDataParallelConfig(
-    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=20_000
-)
-PLAIN = DistributedDataParallelConfig(use_distributed_optimizer=False)
 
 FROZEN = {
     "encoder": [".encoders."],

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from megatron.core.distributed import DistributedDataParallelConfig
-from tiny_runs import OPTIMIZER, make_trainer
+from tiny_runs import OPTIMIZER, OVERLAPPED, PLAIN, make_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import MockImageDataModule, collate
@@ -35,12 +34,6 @@ NUM_IMAGES = [
 TOLERANCES = Tolerances(loss=2e-6, grad_norm=2e-6, update=1e-4)
 # where gradients are small, Adam's steps show the other order in which kernels of GPUs add
 GPU_TOLERANCES = replace(TOLERANCES, update=3e-4)
-
-PLAIN = DistributedDataParallelConfig(use_distributed_optimizer=False)
-# buckets so small that each module has several
-OVERLAPPED = DistributedDataParallelConfig(
-    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=20_000
-)
 
 
 def make_module(module_class=NemotronVLM, **radio) -> NemotronVLM:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 
 from datamodules import DigitsDataModule, collate
-from mimo_strategy import MimoHeteroStrategy, OptimizerConfig
+from mimo_strategy import DistributedDataParallelConfig, MimoHeteroStrategy, OptimizerConfig
 from mimo_strategy.checkpoint.weights import load_weights, save_weights
 from mimo_strategy.module import MimoModule
 from mimo_strategy.testing import trainer_ranks
@@ -26,6 +26,12 @@ PATTERN = "M*E-ME"
 
 # With a larger eps than usual, updates show the size of small gradients and not only their sign.
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, adam_eps=1e-6)
+
+PLAIN = DistributedDataParallelConfig(use_distributed_optimizer=False)
+# Buckets so small that each module has several.
+OVERLAPPED = DistributedDataParallelConfig(
+    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=20_000
+)
 
 
 def digits(batch_size: int = BATCH_SIZE) -> DigitsDataModule:
