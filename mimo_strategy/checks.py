@@ -26,8 +26,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.optim import Optimizer
 
 from mimo_strategy.checkpoint.writer import OnFailure
-from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel, Placement
-from mimo_strategy.layout_checks import cuda_graph_failures, encoder_schedule_failures
+from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleParallel
 from mimo_strategy.lightning_private import NoOptimizer
 from mimo_strategy.module import MimoModule
 from mimo_strategy.optimizer import ModuleOptimizer
@@ -227,33 +226,14 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
             )
 
 
-def check_encoder_scheduling(layout: Layout, encoder_batching: int, encoder_ahead: int) -> None:
-    """Check that encoders can take several microbatches at once, or run ahead.
+def check_schedule(layout: Layout, encoder_batching: int, encoder_ahead: int, *, cuda_graphs: bool) -> None:
+    """Check that encoders can take several microbatches at once or run ahead, and that layers can be replayed.
 
     Raises:
-        LayoutError: if they are not colocated with the language model, or have no ranks of their own.
+        LayoutError: if they cannot in this layout.
     """
-    share_ranks = layout.placement is Placement.COLOCATED
-    failures = list(encoder_schedule_failures(layout.modules, encoder_batching, encoder_ahead, share_ranks=share_ranks))
-    if failures:
+    if failures := layout.schedule_failures(encoder_batching, encoder_ahead, cuda_graphs=cuda_graphs):
         raise LayoutError(*failures)
-
-
-def check_cuda_graphs(language: ModuleLayout, ddp: DistributedDataParallelConfig) -> None:
-    """Check that layers of the language model can be recorded as CUDA graphs.
-
-    Args:
-        language: its layout.
-        ddp: its settings of data parallelism.
-
-    Raises:
-        LayoutError: if its layers or stages talk to each other.
-        ValueError: if parameters are gathered layer by layer.
-    """
-    failures = list(cuda_graph_failures(language))
-    if failures:
-        raise LayoutError(*failures)
-    check_replayed_ddp(ddp)
 
 
 def check_replayed_ddp(ddp: DistributedDataParallelConfig) -> None:

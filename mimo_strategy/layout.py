@@ -13,6 +13,8 @@ from typing import Self
 from mimo_strategy.layout_checks import (
     LANGUAGE,
     bridge_failures,
+    cuda_graph_failures,
+    encoder_schedule_failures,
     name_failures,
     number_failures,
     placement_failures,
@@ -132,6 +134,15 @@ class Layout:
                 f"the largest dp {self.largest_dp} ({lanes}) = {needed}; valid: "
                 + " or ".join(str(size) for size in (below, above) if size > 0)
             )
+
+    def schedule_failures(self, encoder_batching: int, encoder_ahead: int, *, cuda_graphs: bool) -> tuple[str, ...]:
+        """What of a schedule does not fit, a sentence each; the arguments are those of ``MimoHeteroStrategy``."""
+        share_ranks = self.placement is Placement.COLOCATED
+        failures = [
+            *encoder_schedule_failures(self.modules, encoder_batching, encoder_ahead, share_ranks=share_ranks),
+            *(cuda_graph_failures(self.modules[LANGUAGE]) if cuda_graphs else ()),
+        ]
+        return tuple(failures)
 
 
 def _resolve_module(name: str, asked: ModuleParallel, world_size: int, failures: list[str]) -> ModuleLayout | None:

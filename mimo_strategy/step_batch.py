@@ -60,6 +60,7 @@ class StepShare:
         }
         self.lane, self.num_lanes = min(self._lanes.values(), key=lambda lane: lane[1])
         self._dp = {name: module.dp for name, module in layout.modules.items()}
+        self._largest_dp = layout.largest_dp
         self.encoders = [name for name in layout.modules if name != LANGUAGE]
         self.elsewhere = [name for name in self.encoders if name not in self._lanes]
         self._num_microbatches = num_microbatches
@@ -78,7 +79,7 @@ class StepShare:
             ValueError: if the samples cannot be cut evenly.
         """
         num_samples = len(batch["input_ids"])
-        parts = self._num_microbatches * max(self._dp.values()) // self.num_lanes
+        parts = self._num_microbatches * self._largest_dp // self.num_lanes
         if num_samples == 0 or num_samples % parts:
             raise ValueError(
                 f"this rank's {num_samples} samples of the step batch cannot be cut into {parts} equal parts "

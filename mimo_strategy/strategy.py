@@ -32,14 +32,14 @@ from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
 from mimo_strategy.checks import (
     check_arguments,
     check_checkpoint_path,
-    check_cuda_graphs,
     check_data,
     check_ddp,
     check_device,
-    check_encoder_scheduling,
     check_module,
     check_optimizers,
     check_predicts,
+    check_replayed_ddp,
+    check_schedule,
     check_trainer,
 )
 from mimo_strategy.dataloading import share_dataloader
@@ -139,7 +139,8 @@ class MimoHeteroStrategy(ParallelStrategy):
         self._async_save = async_save
         self._on_save_failure = on_save_failure
         self._writer: CheckpointWriter | None = None
-        self._num_nodes = 1
+        # Lightning sets it
+        self.num_nodes = 1
         self._layer_sync = None
         self._hides_from_collector = False
         self.layout: Layout | None = None
@@ -157,14 +158,6 @@ class MimoHeteroStrategy(ParallelStrategy):
     @override
     def root_device(self) -> torch.device:
         return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
 
     @property
     def num_processes(self) -> int:
@@ -204,11 +197,10 @@ class MimoHeteroStrategy(ParallelStrategy):
             check_predicts(model)
         model.check_machine(self.precision_plugin.dtype)
         self.layout = Layout.resolve(model.module_sizes(), self.world_size, self._modules)
-        check_encoder_scheduling(self.layout, self._encoder_batching, self._encoder_ahead)
+        check_schedule(self.layout, self._encoder_batching, self._encoder_ahead, cuda_graphs=self._cuda_graphs)
         check_ddp(self.layout.modules, self._ddp)
         if self._cuda_graphs:
-            # whether parameters are gathered late does not depend on the device
-            check_cuda_graphs(self.layout.modules[LANGUAGE], self._ddp_configs(on_gpus=True)[LANGUAGE])
+            check_replayed_ddp(self._ddp_configs()[LANGUAGE])
         check_data(self.layout, self._num_microbatches, *data)
 
     @override
@@ -245,33 +237,32 @@ class MimoHeteroStrategy(ParallelStrategy):
 
         Raises:
             LayoutError: if it was built for another layout.
-            ValueError: if it was built for another precision, or is to be trained on with other settings of ``ddp``.
+            ValueError: if it was built without this strategy or for another precision, or is to be trained on with
+                other settings of ``ddp``.
         """
         runtime = module.runtime
-        built_for = module.build_context.topology.layout if module.model is not None else self.layout
-        if built_for != self.layout or (module.model is not None and runtime is None):
-            raise LayoutError(
-                f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n{_BUILD_ANEW}"
-            )
         if runtime is not None:
             self._check_settings(runtime, trains=module.trainer.state.fn == TrainerFn.FITTING)
+        elif module.model is not None:
+            raise ValueError(f"the model was built without this strategy and cannot be used under it. {_BUILD_ANEW}")
         self.runtime = runtime
         self.topology = None
         release_abandoned()
         if runtime is not None:
             self.topology = runtime.topology
-            runtime.num_microbatches = self._num_microbatches
-            runtime.encoder_batching = self._encoder_batching
-            runtime.encoder_ahead = self._encoder_ahead
-            runtime.cuda_graphs = self._cuda_graphs
 
     def _check_settings(self, runtime: MimoRuntime, *, trains: bool) -> None:
+        built_for = runtime.topology.layout
+        if built_for != self.layout:
+            raise LayoutError(
+                f"the model was built for\n{built_for}\nand cannot be used with\n{self.layout}\n{_BUILD_ANEW}"
+            )
         dtype = self.precision_plugin.dtype
         if runtime.dtype is not dtype:
             raise ValueError(f"the model was built in {runtime.dtype} and cannot be used in {dtype}. {_BUILD_ANEW}")
         if not trains:
             return
-        for name, config in self._ddp_configs(on_gpus=self.root_device.type == "cuda").items():
+        for name, config in self._ddp_configs().items():
             built_with = runtime.ddp_configs[name]
             if config != built_with:
                 raise ValueError(
@@ -300,15 +291,16 @@ class MimoHeteroStrategy(ParallelStrategy):
             self.runtime = MimoRuntime(
                 module.model,
                 self.topology,
-                ddp_configs=self._ddp_configs(on_gpus=self.root_device.type == "cuda"),
+                ddp_configs=self._ddp_configs(),
                 num_microbatches=self._num_microbatches,
                 dtype=self.precision_plugin.dtype,
                 device=self.root_device,
-                encoder_batching=self._encoder_batching,
-                encoder_ahead=self._encoder_ahead,
-                cuda_graphs=self._cuda_graphs,
             )
             module.runtime = self.runtime
+        self.runtime.num_microbatches = self._num_microbatches
+        self.runtime.encoder_batching = self._encoder_batching
+        self.runtime.encoder_ahead = self._encoder_ahead
+        self.runtime.cuda_graphs = self._cuda_graphs
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)
@@ -320,8 +312,8 @@ class MimoHeteroStrategy(ParallelStrategy):
             self._hide_from_collector()
         self.setup_precision_plugin()
 
-    def _ddp_configs(self, *, on_gpus: bool) -> dict[str, DistributedDataParallelConfig]:
-        ddp = resolve_ddp(self.layout.modules, self._ddp, on_gpus=on_gpus)
+    def _ddp_configs(self) -> dict[str, DistributedDataParallelConfig]:
+        ddp = resolve_ddp(self.layout.modules, self._ddp, on_gpus=self.root_device.type == "cuda")
         in_fp32 = self.precision_plugin.reduces_gradients_in_fp32
         return {name: replace(config, grad_reduce_in_fp32=in_fp32) for name, config in ddp.items()}
 

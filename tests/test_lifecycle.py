@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, seed_everything
-from tiny_runs import Recorder, digits, make_trainer, vision_language
+from tiny_runs import Recorder, digits, make_trainer, text_only, vision_language
 from torch.distributed.distributed_c10d import _world
 from torch.utils.data import DataLoader, Subset
 
 from datamodules import collate
-from mimo_strategy import DistributedDataParallelConfig, MimoHeteroStrategy
+from mimo_strategy import DistributedDataParallelConfig, LayoutError, MimoHeteroStrategy
 from mimo_strategy import ModuleParallel as P
 from mimo_strategy.testing import run_on_ranks
 
@@ -107,6 +107,24 @@ def test_two_models_that_live_on_are_used_in_turn():
     ranks = run_on_ranks(run, 2)
     assert ranks[0] == ranks[1]
     assert ranks[0][1] == [4, 4]
+
+
+def test_a_model_of_another_layout_or_of_no_strategy_is_refused():
+    def run():
+        by_hand = text_only("*")
+        by_hand.configure_model()
+        with pytest.raises(ValueError, match="built without this strategy and cannot be used under it"):
+            make_trainer(MimoHeteroStrategy(), max_steps=1).fit(by_hand, data())
+
+    def on_two():
+        model = vision_language("*")
+        make_trainer(MimoHeteroStrategy(LAYOUTS["colocated"]), max_steps=1).fit(model, data())
+        said = r"was built for\n  images: .* dp 2 .*\n.*\nand cannot be used with\n  images: .* dp 1 "
+        with pytest.raises(LayoutError, match=said):
+            make_trainer(MimoHeteroStrategy(LAYOUTS["non-colocated"]), max_steps=1).fit(model, data())
+
+    run_on_ranks(run, 1)
+    run_on_ranks(on_two, 2)
 
 
 def test_a_model_that_is_destroyed_takes_nothing_from_another():

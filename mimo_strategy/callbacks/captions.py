@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, override
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mimo_strategy.agreement import of_every_rank
 from mimo_strategy.layout import LANGUAGE, Layout
 from mimo_strategy.module import MimoModule
 from mimo_strategy.prediction import Decodes, Prediction, find_decoder
@@ -79,7 +79,7 @@ class CaptionWriter(Callback):
             for row, position in enumerate(self._positions(pl_module.runtime, batch))
             if "is_padding" not in batch or not batch["is_padding"][row]
         ]
-        gathered = _gather((outputs, rows), trainer)
+        gathered = of_every_rank((outputs, rows))
         if trainer.is_global_zero:
             self._write_texts(*zip(*gathered, strict=True), pl_module)
 
@@ -172,12 +172,3 @@ def _without_end(tokens: list[int], module: MimoModule) -> list[int]:
 
 def _decode(tokens: list[int], decoder: Decodes | None) -> str:
     return " ".join(map(str, tokens)) if decoder is None else decoder.decode(tokens)
-
-
-def _gather(own: Any, trainer: Trainer) -> list[Any]:
-    """What every rank gives, on the first; collective over the world."""
-    if not dist.is_initialized():
-        return [own]
-    gathered = [None] * trainer.world_size if trainer.is_global_zero else None
-    dist.gather_object(own, gathered)
-    return gathered or []

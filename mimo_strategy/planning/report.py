@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel, Placement
-from mimo_strategy.layout_checks import cuda_graph_failures, encoder_schedule_failures
+from mimo_strategy.layout import LANGUAGE, Layout, LayoutError, ModuleLayout, ModuleParallel
 from mimo_strategy.planning.cost import CostUnknown
 from mimo_strategy.planning.estimate import Estimate, Estimator, Job
 from mimo_strategy.planning.groups import feeds, groups, lane_ranks, samples_per_lane
@@ -158,11 +157,7 @@ def report_layout(
     except LayoutError as error:
         failures, suggestion = error.failures, error.suggestion
     if layout is not None:
-        share_ranks = layout.placement is Placement.COLOCATED
-        schedule = job.encoder_batching, job.encoder_ahead
-        failures = tuple(encoder_schedule_failures(layout.modules, *schedule, share_ranks=share_ranks))
-        if job.cuda_graphs:
-            failures += tuple(cuda_graph_failures(layout.modules[LANGUAGE]))
+        failures = layout.schedule_failures(job.encoder_batching, job.encoder_ahead, cuda_graphs=job.cuda_graphs)
     if layout is not None and job.batch_size:
         try:
             layout.check_batch(job.batch_size, num_microbatches)

@@ -11,19 +11,18 @@ from unittest import mock
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, clip_grads
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 
-from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.overlay import Overlay
 from mimo_strategy.runtime.distributed_optimizer import DistributedOptimizer
+from mimo_strategy.runtime.model import HeteroMimoModel
 from mimo_strategy.topology import Topology
 
 
 def build_optimizer(
-    model: MimoModel,
+    model: HeteroMimoModel,
     topology: Topology,
     configs: Mapping[str, OptimizerConfig],
     ddp_configs: Mapping[str, DistributedDataParallelConfig],
@@ -38,9 +37,9 @@ def build_optimizer(
         ddp_configs: as the modules were wrapped with.
         dtype: dtype of the parameters.
     """
-    infos = {}
+    infos, modules = {}, model.own_modules()
     for name, grid in topology.grids.items():
-        runs = topology.runs(name)
+        runs = name in modules
         optimizer = None
         if runs:
             config = replace(
@@ -52,7 +51,6 @@ def build_optimizer(
                 use_distributed_optimizer=ddp_configs[name].use_distributed_optimizer,
                 overlap_param_gather=ddp_configs[name].overlap_param_gather,
             )
-            module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
             with (
                 _param_groups_of(topology.groups[name].intra_dist_opt),
                 mock.patch.object(megatron_optimizer, "DistributedOptimizer", DistributedOptimizer),
@@ -60,7 +58,7 @@ def build_optimizer(
                 # The module's own, complete collection; get_mimo_optimizer derives one that leaves expt_tp out.
                 optimizer = _without_stubs(
                     megatron_optimizer.get_megatron_optimizer(
-                        config, [module], pg_collection=topology.groups[name], use_gloo_process_groups=False
+                        config, [modules[name]], pg_collection=topology.groups[name], use_gloo_process_groups=False
                     )
                 )
         infos[name] = ModuleOptimizerInfo(optimizer, grid, topology.groups.get(name), runs)

@@ -49,13 +49,12 @@ class MimoRuntime:
         num_microbatches: microbatches per step.
         dtype: dtype of the parameters.
         device: device of this rank.
-        encoder_batching: microbatches that colocated encoders take at once in training, see
-            :class:`.EncoderBatching`; 1 is as they run.
-        encoder_ahead: microbatches that encoders on ranks of their own run ahead in training, beyond the warm-up of
-            1F1B.
-        cuda_graphs: replay those layers of the language model in training that can be recorded.
 
     Attributes:
+        encoder_batching: microbatches that colocated encoders take at once in training, see
+            :class:`.EncoderBatching`; 1 is as they run. May be changed between steps.
+        encoder_ahead: microbatches that encoders on ranks of their own run ahead in training, beyond the warm-up of
+            1F1B. May be changed between steps.
         sums: what callbacks may add to, to be reduced with the loss of the next step.
         reported: what ranks added to the last step, the same on every rank.
         in_schedule: whether a step's schedule is running.
@@ -70,14 +69,11 @@ class MimoRuntime:
         num_microbatches: int,
         dtype: torch.dtype,
         device: torch.device,
-        encoder_batching: int = 1,
-        encoder_ahead: int = 0,
-        cuda_graphs: bool = False,
     ) -> None:
         self.model = model
         self.topology = topology
-        self.encoder_batching = encoder_batching
-        self.encoder_ahead = encoder_ahead
+        self.encoder_batching = 1
+        self.encoder_ahead = 0
         self.num_microbatches = num_microbatches
         self.ddp_configs = ddp_configs
         self.dtype = dtype
@@ -98,7 +94,6 @@ class MimoRuntime:
                 model.language_model, topology.groups[LANGUAGE], model.config.num_moe_experts, device
             )
         self._layer_graphs: LayerGraphs | None = None
-        self.cuda_graphs = cuda_graphs
         self._schedule = Schedule(model, topology)
         self._configure_schedule()
         _alive.add(self)
@@ -117,7 +112,10 @@ class MimoRuntime:
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether layers are replayed; may be changed between steps."""
+        """Whether layers of the language model that can be recorded are replayed in training.
+
+        May be changed between steps.
+        """
         return self._layer_graphs is not None
 
     @cuda_graphs.setter

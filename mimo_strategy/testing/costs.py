@@ -86,9 +86,9 @@ def measure_costs(
         num_microbatches=num_microbatches,
         dtype=plugin.dtype,
         device=device,
-        encoder_batching=encoder_batching,
-        encoder_ahead=encoder_ahead,
     )
+    runtime.encoder_batching = encoder_batching
+    runtime.encoder_ahead = encoder_ahead
     optimizer = runtime.build_optimizer({name: OptimizerConfig(lr=1e-6) for name in layout.modules})
     batch = model.count_batch(make_batch(batch_size // runtime.share.num_lanes))
 
