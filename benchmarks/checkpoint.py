@@ -51,7 +51,7 @@ class MeasureSaves(Callback):
         self.saves = Saves(0, [], [], 0.0, 0)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        shards = run_shards(module.runtime, trainer.optimizers[0].megatron_optimizer)
+        shards = run_shards(module.runtime, trainer.optimizers[0])
         self.saves.own_shards = sum(shard.data.nbytes for shard in shards if is_main_replica(shard.replica_id))
         del shards
         for number in range(SAVES):

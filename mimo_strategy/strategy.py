@@ -399,8 +399,7 @@ class MimoHeteroStrategy(ParallelStrategy):
         writer = self._checkpoint_writer()
         if trainer.interrupted:
             writer.meet(_MEETING_TIME)
-        with_optimizer = self.optimizers and "optimizer_states" in checkpoint
-        optimizer = self.optimizers[0].megatron_optimizer if with_optimizer else None
+        optimizer = self.optimizers[0] if self.optimizers and "optimizer_states" in checkpoint else None
         writer.save(Path(filepath), run_shards(self.runtime, optimizer), checkpoint)
         if trainer.state.finished:
             # no teardown follows
@@ -409,18 +408,12 @@ class MimoHeteroStrategy(ParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         module = self.lightning_module
-        optimizer = self.optimizers[0] if module.trainer.state.fn == TrainerFn.FITTING else None
-        state, mismatch = load_run(
-            Path(checkpoint_path),
-            self.runtime,
-            optimizer.megatron_optimizer if optimizer else None,
-            strict=module.strict_loading,
-        )
+        fits = module.trainer.state.fn == TrainerFn.FITTING
+        optimizer = self.optimizers[0] if fits else None
+        state, mismatch = load_run(Path(checkpoint_path), self.runtime, optimizer, strict=module.strict_loading)
         mismatch.warn(checkpoint_path)
-        if optimizer:
+        if fits:
             set_up_loaders_anew(module.trainer)
-        if optimizer and "optimizer_states" in state:
-            optimizer.load_settings(state["optimizer_states"][0])
         return state
 
     @override
