@@ -14,7 +14,7 @@ def bench(num_gpus: int) -> Bench:
 
 
 def test_no_loop_needs_more_than_is_told() -> None:
-    """Peak memory and communicators of two H200s, as docs/gpu.md has them."""
+    """Peak memory and communicators of two H200s, as docs/gpu-measurements.md has them."""
     measured = {
         ("colocated", "megatron", 1): 77 + 11.1,
         ("colocated", "strategy", 1): 75 + 1.2,
