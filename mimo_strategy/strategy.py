@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from mimo_strategy import agreement
-from mimo_strategy.callbacks.summary import show_all_modules
 from mimo_strategy.checkpoint.directory import remove
 from mimo_strategy.checkpoint.run import load_run, run_shards
 from mimo_strategy.checkpoint.writer import CheckpointWriter, OnFailure
@@ -52,6 +51,7 @@ from mimo_strategy.lightning_private import (
     set_up_loaders_anew,
 )
 from mimo_strategy.module import BuildContext, MimoModule
+from mimo_strategy.module_summary import show_all_modules
 from mimo_strategy.optimizer import ModuleOptimizer
 from mimo_strategy.precision import MegatronPrecision
 from mimo_strategy.preemption import Preemption
