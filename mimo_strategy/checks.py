@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
-    Checkpoint,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     ModelPruning,
     SpikeDetection,
     StochasticWeightAveraging,
@@ -149,8 +149,10 @@ def check_trainer(trainer: Trainer) -> None:
         for refused, why in _CALLBACKS.items():
             if isinstance(callback, refused):
                 raise ValueError(f"the callback {type(callback).__name__} does not work here: {why}")
-        if isinstance(callback, Checkpoint):
-            check_checkpoint_path(getattr(callback, "dirpath", None) or trainer.default_root_dir)
+        if isinstance(callback, ModelCheckpoint):
+            # where it keeps them by itself
+            logged = trainer.loggers[0].save_dir if trainer.loggers else None
+            check_checkpoint_path(callback.dirpath or logged or trainer.default_root_dir)
 
 
 def check_checkpoint_path(path: str | Path) -> None:

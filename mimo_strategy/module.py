@@ -319,8 +319,9 @@ class MimoModule(LightningModule):
             super().log(name, value, *args, **settings)
 
     def _log_step(self) -> None:
-        # the step is counted later
-        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        # the step is counted later; 0 is never
+        every = self.trainer.log_every_n_steps
+        is_logged = every > 0 and (self.trainer.global_step + 1) % every == 0
         with logging_as(self, "on_train_batch_end"):
             self._log_reported(training=True, details=is_logged)
             if is_logged:

@@ -65,18 +65,36 @@ def fit(modules: dict[str, P], callbacks: list[Callback] | None = None, **flags:
     return trainer, events
 
 
+def test_without_any_logging():
+    def run():
+        quiet = {"barebones": True, "limit_val_batches": 0}
+        trainer = Trainer(strategy=MimoHeteroStrategy(), accelerator="cpu", devices=1, max_steps=2, **quiet)
+        trainer.fit(vision_language("*"), loader())
+        return trainer.global_step
+
+    assert run_on_ranks(run, 1) == [2]
+
+
 @pytest.mark.parametrize(
     "where",
     [
-        {"default_root_dir": "memory://runs", "callbacks": [ModelCheckpoint()]},
+        {"default_root_dir": "memory://runs"},
         {"callbacks": [ModelCheckpoint("memory://kept")]},
+        {"logger": CSVLogger("memory://kept")},
     ],
-    ids=["root", "callback"],
+    ids=["root", "callback", "logger"],
 )
-def test_checkpoints_on_object_stores_are_refused(where):
+def test_checkpoints_on_object_stores_are_refused(where, tmp_path):
     strategy = MimoHeteroStrategy()
+    elsewhere = make_trainer(
+        MimoHeteroStrategy(),
+        enable_checkpointing=True,
+        default_root_dir="memory://runs",
+        logger=CSVLogger(tmp_path),
+    )
+    elsewhere.strategy.check(elsewhere, vision_language("*"))
     trainer = make_trainer(strategy, enable_checkpointing=True, **where)
-    with pytest.raises(ValueError, match=r"checkpoints cannot be kept at (memory://runs|memory://kept): they"):
+    with pytest.raises(ValueError, match=r"checkpoints cannot be kept at memory://(runs|kept): they"):
         strategy.check(trainer, vision_language("*"))
     with pytest.raises(ValueError, match=r"checkpoints cannot be kept at s3://bucket/by-hand"):
         strategy.save_checkpoint({}, "s3://bucket/by-hand")
