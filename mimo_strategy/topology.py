@@ -70,9 +70,9 @@ class ProcessGroups:
         return mine
 
     def destroy(self) -> None:
-        """Destroy every group made here that this rank belongs to."""
-        for ranks, group in self._by_ranks.items():
-            if dist.get_rank() in ranks and group is not dist.group.WORLD:
+        """Destroy every group made here that this rank belongs to and that has not gone with its world."""
+        for group in self._by_ranks.values():
+            if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
                 dist.destroy_process_group(group)
         self._by_ranks.clear()
 

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 
 # megatron-core is made ready for GPUs, where a process sees any, as it is imported
-os.environ |= {} if {"gpu", "--accelerator=gpu"} & {*sys.argv} else {"CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {} if "--accelerator=gpu" in "=".join(sys.argv) else {"CUDA_VISIBLE_DEVICES": ""}
 os.environ["OMP_NUM_THREADS"] = "1"
 # GPUs would otherwise multiply in TF32, of 10 bits. The first is for cuBLAS and cuDNN, so also for Transformer Engine,
 # and must be there before they are loaded; the second is for the Triton kernels of mamba_ssm.

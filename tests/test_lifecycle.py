@@ -109,6 +109,21 @@ def test_two_models_that_live_on_are_used_in_turn():
     assert ranks[0][1] == [4, 4]
 
 
+def test_groups_that_went_with_their_world_are_left_alone(tmp_path):
+    def train():
+        make_trainer(MimoHeteroStrategy(LAYOUTS["colocated"]), max_steps=1).fit(vision_language("*"), data())
+
+    def run():
+        train()
+        rank = dist.get_rank()
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        train()
+        return len(_world.pg_map)
+
+    assert run_on_ranks(run, 2) == [2, 2]
+
+
 def test_a_model_of_another_layout_or_of_no_strategy_is_refused():
     def run():
         by_hand = text_only("*")

@@ -9,8 +9,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 
-from mimo_strategy.testing import RankError, run_on_ranks
+from mimo_strategy import MimoHeteroStrategy
+from mimo_strategy.testing import RankError, run_on_ranks, trainer_ranks
 
 
 def test_results_come_in_rank_order():
@@ -46,6 +48,17 @@ def test_ranks_on_gpus_need_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(RuntimeError, match="need a GPU, this machine has none"):
         run_on_ranks(dist.get_rank, 1, accelerator="gpu")
+
+
+def test_a_trainer_takes_these_ranks_also_within_a_job_of_slurm(monkeypatch):
+    for name, value in {"NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_ID": 7, "JOB_NAME": "x"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+    def ranks():
+        trainer = Trainer(**trainer_ranks(), strategy=MimoHeteroStrategy(), accelerator="cpu", logger=False)
+        return trainer.global_rank, trainer.world_size
+
+    assert run_on_ranks(ranks, 2) == [(0, 2), (1, 2)]
 
 
 def test_ranks_leave_the_environment_of_the_test_as_it_is():

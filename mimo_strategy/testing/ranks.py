@@ -141,6 +141,9 @@ def _run_rank(
         os._exit(1)
     # what was imported is never garbage, and to look through it would copy its pages
     gc.freeze()
+    # Lightning would take the ranks of a job that this process is part of
+    for outer in ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(outer, None)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     num_gpus = torch.cuda.device_count() if accelerator == "gpu" else world_size
     if num_gpus < world_size:
