@@ -75,6 +75,10 @@ def test_one_group_for_each_set_of_ranks_that_waits_as_long_as_the_strategy_says
     def run():
         model = vision_language("*E")
         make_trainer(MimoHeteroStrategy(modules, timeout=timeout), max_steps=1).fit(model, data())
+        # as megatron-core's own models let go of their bridges
+        bridges = list(model.model.colocated_comms.values())
+        model.model.destroy()
+        assert all(bridge.gather_pg in _world.pg_map for bridge in bridges)
         own = [group for group in _world.pg_map if group is not dist.group.WORLD]
         ranks = [tuple(dist.get_process_group_ranks(group)) for group in own]
         return sorted(ranks), {group._get_backend(torch.device("cpu")).options._timeout for group in own}

@@ -230,6 +230,9 @@ class HeteroMimoModel(MimoModel):
     def _fp8_layers(self) -> list[torch.nn.Module]:
         return [layer for layer in self.modules() if hasattr(layer, "is_first_microbatch") and layer.config.fp8]
 
+    def destroy(self) -> None:
+        """Nothing: groups of bridges are the topology's, and may be those of modules and of the world."""
+
     def own_modules(self) -> dict[str, torch.nn.Module]:
         """The modules that run on this rank, by name, wrapped if they are."""
         modules = dict(self.modality_submodules.items())
