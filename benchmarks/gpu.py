@@ -34,6 +34,7 @@ from benchmarks.gpu_sizes import SIZES, Sizes, fits, needed_bytes
 from benchmarks.megatron_loop import IMAGES, MegatronLoop
 from datamodules import collate
 from mimo_strategy import DistributedDataParallelConfig, Layout, MimoHeteroStrategy, ModuleParallel, OptimizerConfig
+from mimo_strategy.agreement import of_every_rank
 from mimo_strategy.frame_stack import call_with_room
 from mimo_strategy.layout import LANGUAGE
 from mimo_strategy.planning.memory import gibibytes
@@ -323,8 +324,7 @@ def forget_everything() -> None:
 
 def of_all_ranks(measured: Measured) -> dict[str, Any]:
     """What rank 0 measured, with the most memory and communicators of any rank."""
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, measured)
+    ranks = of_every_rank(measured)
     worst = {
         name: max(getattr(rank, name) for rank in ranks) for name in ("peak_memory", "communicators", "other_memory")
     }

@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader
 from mimo_strategy.cpu.redirecting_loader import RedirectingLoader
 from mimo_strategy.testing import run_on_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is redirected")
-
 MEGATRON_TORCH = megatron_random.torch
 
 # Lightning and torch._dynamo wrap names of torch themselves: they come first.

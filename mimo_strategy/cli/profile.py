@@ -37,7 +37,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Measure, show, and write what was measured."""
     options = make_parser().parse_args(arguments)
-    # before any question about GPUs, see mimo_strategy.testing
     import torch
 
     from mimo_strategy.testing.rates import measure_machine

@@ -49,8 +49,8 @@ def run_on_ranks(
         timeout: seconds after which all ranks are killed; ``None`` is 120 on CPUs and 600 on GPUs.
         accelerator: ``cpu`` connects the ranks over gloo, ``gpu`` over NCCL, rank ``r`` on ``cuda:r``. Where there are
             fewer GPUs than ranks they share them: numbers are right then, speeds are not, as ranks take turns and talk
-            through the host. This process must not have used CUDA. After ``import lightning`` it may ask
-            ``torch.cuda.is_available()``, which before would have initialised CUDA.
+            through the host. This process must not have used CUDA. It may ask
+            ``torch.cuda.is_available()``, which before ``import mimo_strategy`` would have initialised CUDA.
 
     Raises:
         RankError: if a rank raises or dies, or the time is up. All ranks have ended then.
